@@ -1,0 +1,287 @@
+"""The detector for users: load a checkpoint, say words, get detections; and the checkpoint folder it is saved in.
+
+A folder holds `config.yaml` (format, architecture, names of the base classes), `model.safetensors` (what training
+changed) and `image_text/` (the image-text model in open_clip's format: text tower, projection, and the image tower
+where it is frozen).
+This file does not train or evaluate.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from detectron2.data.transforms import ResizeTransform
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ovd.data.images import read_image
+from ovd.detections import Detections
+from ovd.modeling.rcnn import DetectorConfig, OpenVocabularyRCNN, build_detector
+from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary, load_embeddings
+from ovd.text.vocabulary import Vocabulary, normalize_word, prompt_phrase
+from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.yaml"
+IMAGE_TEXT = "image_text"
+
+
+class OpenVocabularyDetector:
+    """Find objects named by words in pictures.
+
+    Example::
+
+        detector = OpenVocabularyDetector.from_pretrained("mini")
+        detector.set_vocabulary("cat, taco, fire engine")
+        detections = detector.predict("street.jpg")
+
+    Args:
+        model: the network; put into evaluation mode.
+        image_text: the image-text model whose text tower embeds words.
+        base_names: names of the categories trained on; words that read the same get the base weight in score fusion.
+    """
+
+    def __init__(self, model: OpenVocabularyRCNN, image_text: ImageTextModel, base_names: Sequence[str] = ()) -> None:
+        self.model = model.eval()
+        self.image_text = image_text
+        self.base_names = tuple(base_names)
+        self.vocabulary: Vocabulary | None = None
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "OpenVocabularyDetector":
+        """Load a folder written by `save_detector`; its vocabulary is the base classes, if it names any.
+
+        Raises:
+            ValueError: the folder, a file in it, or a field or tensor of it is missing or not as it should be.
+        """
+        folder = Path(path)
+        config = _read_config(folder)
+        image_text = load_checkpoint(folder / IMAGE_TEXT, device="cpu")
+        model = build_detector(DetectorConfig.from_dict(config["architecture"]), image_text)
+        _load_weights(model, folder / WEIGHTS)
+        image_text.model.to(device).eval()
+        detector = cls(model.to(device), image_text, config["base_names"])
+        if detector.base_names:
+            with warnings.catch_warnings():
+                # Base names that repeat or are cut were the training's concern, not this user's.
+                warnings.simplefilter("ignore", UserWarning)
+                detector.set_vocabulary(list(detector.base_names))
+        return detector
+
+    @classmethod
+    def from_pretrained(cls, name: str = "mini", device: str | torch.device = "cpu") -> "OpenVocabularyDetector":
+        """Load a detector that ships with the package.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        folder = Path(__file__).parent / "weights"
+        if not (folder / name / CONFIG).is_file():
+            there = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+            raise ValueError(
+                f"no detector named {name!r} ships with this installation (there is: {', '.join(there) or 'none'}); "
+                "train one and load it with from_checkpoint"
+            )
+        return cls.from_checkpoint(folder / name, device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.model.device
+
+    def set_vocabulary(
+        self,
+        words: "Vocabulary | str | Path | Iterable[str]",
+        base_words: Iterable[str] | None = None,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        embeddings: Tensor | np.ndarray | str | Path | None = None,
+    ) -> Vocabulary:
+        """Change the words to look for; nothing is trained.
+
+        Args:
+            words: "cat, dog", a list, or a path to a .txt (one word a line) or .json (LVIS, COCO) file.
+            base_words: words to treat as trained on; None takes the categories that the detector was trained on.
+            templates: prompts for the text tower.
+            embeddings: use these instead of the text tower: (C, D), or a path to a .npy file.
+
+        Returns:
+            The vocabulary; labels of detections index its words.
+        """
+        vocabulary = Vocabulary.parse(words)
+        if isinstance(embeddings, (str, Path)):
+            embeddings = load_embeddings(embeddings, len(vocabulary), self.image_text.embed_dim)
+        elif embeddings is not None:
+            embeddings = torch.as_tensor(embeddings)
+            if len(embeddings) != len(vocabulary):
+                raise ValueError(
+                    f"{len(embeddings)} embeddings for {len(vocabulary)} words; give one row for each word"
+                )
+        else:
+            embeddings = embed_vocabulary(vocabulary, self.image_text, templates)
+        names = self.base_names if base_words is None else base_words
+        known = {form for name in names for form in (normalize_word(name), normalize_word(prompt_phrase(name)))}
+        is_base = torch.tensor([normalize_word(word) in known for word in vocabulary.words])
+        self.model.set_text_embeddings(embeddings, is_base)
+        self.vocabulary = vocabulary
+        return vocabulary
+
+    def predict(
+        self, image: Any, score_threshold: float = 0.3, max_detections: int = 100
+    ) -> Detections | list[Detections]:
+        """Detect the words of the vocabulary.
+
+        Args:
+            image: path, bytes, PIL image, (H, W), (H, W, 3) array, or a list of these.
+            score_threshold: lowest score to return, in 0..1.
+            max_detections: most detections to return for a picture.
+
+        Returns:
+            Detections with boxes and masks in pixels of the upright original, best first; a list for a list.
+
+        Raises:
+            ValueError: no vocabulary is set.
+            ImageError: the picture cannot be read.
+        """
+        if self.vocabulary is None:
+            raise ValueError("the detector has no vocabulary yet; call set_vocabulary first")
+        if isinstance(image, (list, tuple)):
+            return [self.predict(one, score_threshold, max_detections) for one in image]
+        pixels = read_image(image)
+        height, width = pixels.shape[:2]
+        inputs = {"image": self._resize(pixels), "height": height, "width": width}
+        self.model.eval()
+        outputs = self.model.inference([inputs], min_score=score_threshold, max_detections=max_detections)
+        instances = outputs[0]["instances"].to("cpu")
+        labels = instances.pred_classes.numpy()
+        return Detections(
+            boxes=instances.pred_boxes.tensor.numpy(),
+            scores=instances.scores.numpy(),
+            labels=labels,
+            names=[self.vocabulary.words[i] for i in labels],
+            masks=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
+            image_size=(height, width),
+        )
+
+    def _resize(self, pixels: np.ndarray) -> Tensor:
+        """Scale so that the longer side is the detector's image size: uint8 (H, W, 3) -> (3, h, w)."""
+        height, width = pixels.shape[:2]
+        scale = self.model.architecture.image_size / max(height, width)
+        new = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
+        resized = ResizeTransform(height, width, *new, Image.Resampling.BILINEAR).apply_image(pixels)
+        return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+
+
+def save_detector(
+    folder: str | Path,
+    model: OpenVocabularyRCNN,
+    image_text_folder: str | Path,
+    architecture: DetectorConfig | dict | None = None,
+    base_names: Sequence[str] = (),
+    float16: bool = False,
+) -> Path:
+    """Write a detector checkpoint; every file is written beside its place and renamed, `config.yaml` last.
+
+    Args:
+        folder: where; made when missing.
+        model: the trained network.
+        image_text_folder: open_clip folder that the network was built from; its model and configuration are copied.
+        architecture: description that rebuilds the network; None takes the one it was built with.
+        base_names: names of the categories trained on, as in the annotation file.
+        float16: store weights in half the space; they are loaded as float32.
+
+    Returns:
+        The folder.
+    """
+    folder, source = Path(folder), Path(image_text_folder)
+    if not (source / "open_clip_config.json").is_file():
+        raise ValueError(f"{source} holds no open_clip_config.json; give the folder that the detector was built from")
+    (folder / IMAGE_TEXT).mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.glob("open_clip_*")):
+        target = folder / IMAGE_TEXT / file.name
+        if file.resolve() == target.resolve():
+            continue
+        if float16 and file.suffix == ".safetensors":
+            tensors = load_file(file)
+            _replace(target, lambda path, tensors=tensors: save_file(_stored(tensors, True), path, {"format": "pt"}))
+        else:
+            _replace(target, lambda path, file=file: shutil.copyfile(file, path))
+    skipped = _frozen_prefixes(model)
+    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
+    _replace(folder / WEIGHTS, lambda path: save_file(_stored(tensors, float16), path, {"format": "pt"}))
+    description = architecture if isinstance(architecture, dict) else asdict(architecture or model.architecture)
+    # Through JSON so that tuples and such become plain lists.
+    content = json.loads(json.dumps({"format": FORMAT, "architecture": description, "base_names": list(base_names)}))
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    _replace(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    return folder
+
+
+def _frozen_prefixes(model: OpenVocabularyRCNN) -> tuple[str, ...]:
+    """Prefixes of the weights that are exact copies of the image-text model's and are built again from it."""
+    return ("roi_heads.image_text_head.",) + (("backbone.net.",) if model.backbone.net.frozen else ())
+
+
+def _stored(tensors: dict[str, Tensor], float16: bool) -> dict[str, Tensor]:
+    def convert(value: Tensor) -> Tensor:
+        value = value.detach().cpu().contiguous()
+        return value.half() if float16 and value.is_floating_point() else value
+
+    return {name: convert(value) for name, value in tensors.items()}
+
+
+def _replace(path: Path, write) -> None:
+    """Run `write(temporary path)` and rename the result to `path`, so that no reader sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no detector checkpoint: {CONFIG} is missing; give the folder that holds it")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML ({error}); save the detector again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), dict):
+        raise ValueError(f"{path} has no architecture; save the detector again with save_detector")
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {config.get('format')!r}, but this version reads {FORMAT}; save it again")
+    return {"architecture": config["architecture"], "base_names": config.get("base_names") or []}
+
+
+def _load_weights(model: OpenVocabularyRCNN, path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy the whole checkpoint folder")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or save the checkpoint again") from error
+    skipped = _frozen_prefixes(model)
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
+    different = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    wrong = sorted(set(own) ^ set(tensors)) + different
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit its own {CONFIG}: {len(wrong)} tensors are missing, unknown or of another shape "
+            f"({', '.join(wrong[:3])}); save the detector again"
+        )
+    # load_state_dict copies into the float32 parameters, so float16 storage comes back as float32.
+    model.load_state_dict(tensors, strict=False)

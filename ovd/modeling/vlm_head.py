@@ -1,0 +1,104 @@
+"""The image-text model as a region classifier: RoIAlign on its last map, its own pooling and projection, its own words.
+
+Source: F-VLM (section 3.3), RO-ViT for plain ViTs with average pooling, DITO for the frozen copy of the tower.
+This file has nothing to train and no background score: fusion takes the background from the detector.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from ovd.modeling.backbone import FEATURE, WindowedViT
+from ovd.modeling.text_classifier import check_text_embeddings
+
+
+def shrink_boxes(boxes: Tensor, factor: float) -> Tensor:
+    """Scale (N, 4) xyxy boxes about their centres; factor 0.7 is F-VLM's option against context at the border."""
+    if factor == 1.0:
+        return boxes
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * factor
+    return torch.cat([centre - half, centre + half], dim=1)
+
+
+class ImageTextHead(nn.Module):
+    """Score regions against the vocabulary with the image-text model's own head.
+
+    Contract: a (B, D, h, w) map and B lists of boxes -> (R, C) float32 logits; `probabilities` gives (R, 1 + C) with a
+    zero background column 0. All weights are copies and frozen.
+
+    Args:
+        visual: open_clip image tower (`TimmModel`) whose pooled norm and projection are copied.
+        embed_dim: width of the joint space.
+        scale: factor on the cosine, usually the model's own exp(logit_scale).
+        output_size: side of the RoIAlign grid that is averaged.
+        box_scale: factor on the boxes about their centres.
+        tower: frozen copy of the pretrained tower; None scores the detector's own backbone map.
+    """
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        embed_dim: int,
+        scale: float,
+        output_size: int = 7,
+        box_scale: float = 1.0,
+        tower: WindowedViT | None = None,
+    ) -> None:
+        super().__init__()
+        trunk = visual.trunk
+        if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool != "avg":
+            raise ValueError(
+                f"the image tower pools by {trunk.global_pool!r}, but region scores need average pooling over patches; "
+                "pretrain a tower with timm's global_pool 'avg'"
+            )
+        self.fc_norm = copy.deepcopy(trunk.fc_norm)
+        self.trunk_head = copy.deepcopy(trunk.head)
+        self.projection = copy.deepcopy(visual.head)
+        self.tower = tower
+        self.stride = trunk.patch_embed.proj.kernel_size[0]
+        self.embed_dim, self.scale = embed_dim, float(scale)
+        self.output_size, self.box_scale = output_size, box_scale
+        self.register_buffer("text_embeddings", torch.zeros(0, embed_dim), persistent=False)
+        self.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ImageTextHead":
+        """Stay in evaluation mode: nothing here is trained."""
+        return super().train(False)
+
+    def set_text_embeddings(self, embeddings: Tensor) -> None:
+        """Make the rows of a (C, D) matrix the classes; they are normalised here."""
+        device = next(self.parameters()).device
+        self.text_embeddings = check_text_embeddings(embeddings, self.embed_dim).to(device)
+
+    def feature_map(
+        self, features: dict[str, Tensor], images: Tensor, image_sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """The (B, D, h, w) map to score: the frozen copy's own when there is one, else the backbone's."""
+        return features[FEATURE] if self.tower is None else self.tower(images, image_sizes)[FEATURE]
+
+    def embed_regions(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Normalised joint-space embeddings (R, embed_dim) of B lists of xyxy pixel boxes."""
+        boxes = [shrink_boxes(b, self.box_scale).to(feature_map.dtype) for b in boxes]
+        pooled = roi_align(
+            feature_map, boxes, self.output_size, spatial_scale=1 / self.stride, sampling_ratio=2, aligned=True
+        )
+        embeddings = self.projection(self.trunk_head(self.fc_norm(pooled.mean(dim=(2, 3)))))
+        return F.normalize(embeddings.float(), dim=-1)
+
+    @torch.no_grad()
+    def forward(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Logits (R, C) of B lists of xyxy pixel boxes: scale * cosine with the text embeddings, float32."""
+        if len(self.text_embeddings) == 0:
+            raise ValueError("the detector has no vocabulary yet; call set_text_embeddings before running it")
+        regions = self.embed_regions(feature_map, boxes)
+        with torch.autocast(device_type=regions.device.type, enabled=False):
+            return self.scale * regions @ self.text_embeddings.float().T
+
+    def probabilities(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Softmax over the vocabulary, (R, 1 + C) with a zero background column 0."""
+        return F.pad(self(feature_map, boxes).softmax(dim=-1), (1, 0))

@@ -1,0 +1,1 @@
+"""From words to the embedding matrix that classifies regions."""

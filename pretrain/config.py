@@ -1,0 +1,248 @@
+"""The whole configuration of a pretraining run, as dataclasses: what is not here cannot be configured.
+
+A YAML file holds the fields that differ from the defaults; `parent:` names another YAML file to start from. Command
+line overrides are `key=value` with dots. An unknown field is an error that names the nearest known one.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field and the remedy."""
+
+
+@dataclass
+class ImageTowerConfig:
+    """A plain vision transformer of timm."""
+
+    timm_model: str = "vit_base_patch16_siglip_gap_224"  # average pooling, no class token
+    layer_scale: float | None = None  # initial value where the model has LayerScale; None keeps timm's
+
+
+@dataclass
+class TextTowerConfig:
+    """open_clip's causal text transformer; its feature is the end-of-text token's."""
+
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    context_length: int = 64  # tokens at most, in any phase
+    vocab_size: int = 49408  # open_clip's byte-pair encoding
+
+
+@dataclass
+class ModelConfig:
+    """Both towers and the joint space."""
+
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    embed_dim: int = 512
+    init_temperature: float = 0.07  # CLIP's; learned
+    min_temperature: float = 0.01  # the scale 1/temperature is clamped to 100, as in CLIP
+
+
+@dataclass
+class CaptionConfig:
+    """How a training caption is made from a row of the table."""
+
+    templates: list[str] = field(default_factory=lambda: ["{}"])  # one is drawn per sample
+    keyword_probability: float = 0.0  # chance to append some of the row's keywords
+    max_keywords: int = 3
+
+
+@dataclass
+class AugmentationConfig:
+    """How a training image is made. Cut-outs (with alpha) are placed on a background; photographs are cropped."""
+
+    flip: bool = True
+    cutout_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # long side of the drawing / image side
+    rotation: float = 15.0  # degrees either way, cut-outs only
+    crop_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # area kept, photographs only
+    colour: float = 0.4  # strength of brightness, contrast and saturation changes
+    grey_probability: float = 0.1
+    photo_background_probability: float = 0.5  # else a random plain colour; needs data.backgrounds
+
+
+@dataclass
+class DataConfig:
+    """A CSV or Parquet table with the columns `image` (path) and `caption`, and optionally more."""
+
+    table: str = "data/mini/pairs.csv"
+    root: str | None = None  # what image paths are relative to; None: the table's folder
+    train_split: str | None = "train"  # value of the column `split`; None: every row
+    withhold: str | None = None  # a file of words, one a line: rows about them are left out (strict open vocabulary)
+    unique_by: str | None = None  # a column whose value no two pairs of a batch share (no false negatives)
+    backgrounds: str | None = None  # a folder of photographs behind cut-outs
+    preload: bool = False  # decode everything once into memory
+    workers: int = 2  # processes that prepare batches; 0: in the training process
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+
+@dataclass
+class PhaseConfig:
+    """One stretch of the curriculum: fixed image size and text length, its own optimiser and schedule."""
+
+    name: str = "main"
+    steps: int = 1000
+    image_size: int = 64  # pixels, a multiple of the patch size
+    context_length: int = 16  # tokens
+    batch_size: int = 256
+    lr: float = 1e-3  # peak
+    warmup_steps: int = 100  # linear from 0
+    schedule: str = "linear"  # linear or cosine decay to final_lr
+    final_lr: float = 0.0
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser, made by timm's factory anew in every phase."""
+
+    name: str = "adamw"  # any name of timm.optim: adamw, adafactor, lamb …
+    weight_decay: float = 0.01  # not on biases, norms and other vectors
+    betas: list[float] | None = None  # None: the optimiser's own
+    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.optim.create_optimizer_v2
+
+
+@dataclass
+class EvaluationConfig:
+    """Zero-shot classification on other splits of the table, at the end of each phase and every `every` steps."""
+
+    splits: list[str] = field(default_factory=lambda: ["val"])
+    templates: list[str] = field(default_factory=lambda: ["{}"])
+    every: int = 0  # 0: only at the end of a phase
+
+
+@dataclass
+class RunConfig:
+    """Where and how the run happens."""
+
+    output: str = "runs/pretrain"
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda or xla
+    precision: str = "auto"  # fp32, bf16, or auto: bf16 where the device has hardware for it
+    compile: bool = False  # torch.compile of the towers
+    log_every: int = 20  # steps between reads of the metrics
+    checkpoint_every: int = 500  # steps between resumable states
+
+
+@dataclass
+class PretrainConfig:
+    """Everything."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: str = "info_nce"
+    phases: list[PhaseConfig] = field(default_factory=lambda: [PhaseConfig()])
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def _check_names(node: Any, schema: type, where: str) -> None:
+    """Raise ConfigError for the first key of `node` that `schema` does not have."""
+    if not isinstance(node, dict):
+        return
+    known = get_type_hints(schema)
+    for key, value in node.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            path = f"{where}.{key}" if where else str(key)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
+            raise ConfigError(f"unknown field {path!r}: {hint}")
+        kind = known[key]
+        path = f"{where}.{key}" if where else key
+        if is_dataclass(kind):
+            _check_names(value, kind, path)
+        elif isinstance(value, list) and get_args(kind) and is_dataclass(get_args(kind)[0]):
+            for index, item in enumerate(value):
+                _check_names(item, get_args(kind)[0], f"{path}[{index}]")
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise ConfigError(f"no configuration file {path}{hint}")
+    try:
+        node = OmegaConf.load(path)
+    except Exception as error:  # the YAML parser's own errors have many types
+        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    parent = node.pop("parent", None)
+    return OmegaConf.merge(_read_yaml(path.parent / parent), node) if parent else node
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
+    """Read a YAML file and `key=value` overrides into the schema.
+
+    Raises:
+        ConfigError: for a missing file, an unknown field, a value of the wrong type or an impossible value.
+    """
+    node = _read_yaml(Path(path))
+    for override in overrides or []:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        key, _, value = override.partition("=")
+        try:
+            OmegaConf.update(node, key, OmegaConf.create(f"value: {value}").value)
+        except (OmegaConfBaseException, ValueError, AttributeError) as error:
+            raise ConfigError(f"override {override!r}: {str(error).splitlines()[0]}") from error
+    return config_from_dict(OmegaConf.to_container(node, resolve=True))
+
+
+def config_from_dict(node: dict) -> PretrainConfig:
+    """Check a plain dictionary against the schema and return the typed configuration."""
+    _check_names(node, PretrainConfig, "")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', '') or 'configuration'}: {str(error).splitlines()[0]}") from error
+    validate(config)
+    return config
+
+
+def validate(config: PretrainConfig) -> None:
+    """Raise ConfigError for values that cannot work, naming the field."""
+    if not config.phases:
+        raise ConfigError("phases: at least one is needed")
+    for index, phase in enumerate(config.phases):
+        where = f"phases[{index}]"
+        for name in ("steps", "image_size", "context_length", "batch_size"):
+            if getattr(phase, name) < 1:
+                raise ConfigError(f"{where}.{name} is {getattr(phase, name)}: it must be at least 1")
+        if phase.context_length > config.model.text.context_length:
+            raise ConfigError(
+                f"{where}.context_length {phase.context_length} exceeds model.text.context_length "
+                f"{config.model.text.context_length}"
+            )
+        if phase.schedule not in ("linear", "cosine"):
+            raise ConfigError(f"{where}.schedule is {phase.schedule!r}: linear or cosine")
+    if config.run.device not in ("auto", "cpu", "cuda", "xla"):
+        raise ConfigError(f"run.device is {config.run.device!r}: auto, cpu, cuda or xla")
+    if config.run.precision not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"run.precision is {config.run.precision!r}: auto, fp32 or bf16")
+
+
+def to_yaml(config: PretrainConfig) -> str:
+    """The complete configuration as YAML, defaults included."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def schema_fields() -> list[str]:
+    """Dotted names of every field, for documentation and tests."""
+
+    def walk(schema: type, prefix: str) -> list[str]:
+        names = []
+        for item in fields(schema):
+            kind = get_type_hints(schema)[item.name]
+            names += walk(kind, f"{prefix}{item.name}.") if is_dataclass(kind) else [prefix + item.name]
+        return names
+
+    return walk(PretrainConfig, "")

@@ -1,0 +1,18 @@
+"""Learning rate as a pure function of the step within a phase."""
+
+import math
+
+from pretrain.config import PhaseConfig
+
+
+def lr_at(step: int, phase: PhaseConfig) -> float:
+    """Learning rate for 0-based `step`: linear warm-up from 0 to the peak, then decay to `final_lr` at the last step.
+
+    RECLIP decays linearly (arXiv 2304.06028, section 4).
+    """
+    if step < phase.warmup_steps:
+        return phase.lr * (step + 1) / phase.warmup_steps
+    progress = (step - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
+    progress = min(1.0, progress)
+    shape = 1 - progress if phase.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return phase.final_lr + (phase.lr - phase.final_lr) * shape

@@ -1,0 +1,110 @@
+"""The two towers: a timm vision transformer (average pooling, no class token) and open_clip's text transformer.
+
+The object is open_clip's own `CustomTextCLIP`, so that a checkpoint of ours is a checkpoint of everyone's. This file
+builds it, and changes its image size and text length between phases.
+"""
+
+import timm
+import torch
+from open_clip import CustomTextCLIP
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from pretrain.config import ModelConfig
+from pretrain.modeling.position_embedding import resample_grid
+
+
+def open_clip_config(config: ModelConfig) -> dict:
+    """The `model_cfg` part of `open_clip_config.json` for these towers."""
+    return {
+        "embed_dim": config.embed_dim,
+        "custom_text": True,
+        "vision_cfg": {
+            "timm_model_name": config.image.timm_model,
+            "timm_model_pretrained": False,
+            "timm_pool": "",  # keep the timm model's own pooling: the average over patch tokens
+            "timm_proj": "linear",
+            "image_size": native_image_size(config.image.timm_model),
+        },
+        "text_cfg": {
+            "context_length": config.text.context_length,
+            "vocab_size": config.text.vocab_size,
+            "width": config.text.width,
+            "heads": config.text.heads,
+            "layers": config.text.layers,
+        },
+    }
+
+
+def native_image_size(timm_model: str) -> int:
+    """The image size that timm builds a model with, and so the size of its position table in a checkpoint.
+
+    Raises:
+        ValueError: if timm does not know the name (the message lists near ones).
+    """
+    default = timm.models.get_pretrained_cfg(timm_model) if timm.is_model(timm_model) else None
+    if default is None:
+        near = timm.list_models(f"*{timm_model.split('_')[1] if '_' in timm_model else timm_model}*gap*")[:5]
+        raise ValueError(f"model.image.timm_model: timm has no model {timm_model!r}; near ones: {', '.join(near) or '-'}")
+    return default.input_size[-1]
+
+
+def build_model(config: ModelConfig) -> CustomTextCLIP:
+    """Freshly initialised towers.
+
+    Raises:
+        ValueError: if the timm model is not a plain vision transformer with average pooling and without a class token.
+    """
+    definition = open_clip_config(config)
+    model = CustomTextCLIP(
+        embed_dim=definition["embed_dim"],
+        vision_cfg=definition["vision_cfg"],
+        text_cfg=definition["text_cfg"],
+        init_logit_scale=torch.tensor(config.init_temperature).reciprocal().log().item(),
+    )
+    trunk = model.visual.trunk
+    if not isinstance(trunk, VisionTransformer) or trunk.cls_token is not None or trunk.global_pool != "avg":
+        raise ValueError(
+            f"model.image.timm_model: {config.image.timm_model} is not an average-pooled vision transformer without "
+            "class token; timm's names for those contain `_gap_` (for example vit_base_patch16_siglip_gap_224)"
+        )
+    if config.image.layer_scale is not None:
+        # timm's small value suits very deep towers; a shallow one trained from scratch hardly moves with it.
+        for name, parameter in trunk.named_parameters():
+            if name.endswith((".ls1.gamma", ".ls2.gamma")):
+                nn.init.constant_(parameter, config.image.layer_scale)
+    return model
+
+
+def set_image_size(model: CustomTextCLIP, size: int) -> None:
+    """Make the image tower take `size`-pixel squares: its position table is resampled, nothing else changes.
+
+    The table becomes a new parameter, so an optimiser must be made afterwards.
+
+    Raises:
+        ValueError: if the size is not a multiple of the patch size.
+    """
+    trunk = model.visual.trunk
+    patch = trunk.patch_embed.patch_size[0]
+    if size % patch:
+        raise ValueError(f"image_size {size} is not a multiple of the patch size {patch}: use {size // patch * patch or patch}")
+    prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+    table = resample_grid(trunk.pos_embed.detach(), size // patch, prefix)
+    trunk.pos_embed = nn.Parameter(table.clone(), requires_grad=trunk.pos_embed.requires_grad)
+    trunk.patch_embed.set_input_size(img_size=size)
+    model.visual.image_size = (size, size)
+
+
+def set_context_length(model: CustomTextCLIP, length: int) -> None:
+    """Make the text tower take token rows of `length`: it uses the first rows of its position table.
+
+    Raises:
+        ValueError: if the table is shorter than `length`.
+    """
+    text = model.text
+    rows = text.positional_embedding.shape[0]
+    if length > rows:
+        raise ValueError(f"context_length {length} exceeds the text tower's {rows}: raise model.text.context_length")
+    text.context_length = model.context_length = length
+    device = text.positional_embedding.device
+    text.attn_mask = torch.full((length, length), float("-inf"), device=device).triu_(1)  # causal, as open_clip's

@@ -1,0 +1,216 @@
+"""The whole network: training step, vocabulary change, fusion, modes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+
+from ovd.modeling.rcnn import DetectorConfig, OpenVocabularyRCNN, build_detector
+
+SMALL = {"image_size": 160, "pyramid_channels": 16, "box_fc_dim": 32, "box_conv_dim": 16, "mask_conv_dim": 16}
+
+
+def small_detector(image_text, seed: int = 0, **fields) -> OpenVocabularyRCNN:
+    torch.manual_seed(seed)
+    return build_detector(DetectorConfig(**SMALL), image_text, **fields)
+
+
+def words(count: int) -> torch.Tensor:
+    return torch.randn(count, 64, generator=torch.Generator().manual_seed(11))
+
+
+def picture(seed: int = 0, height: int = 160, width: int = 160) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {"image": torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)}
+
+
+def training_picture(seed: int, objects: int = 2) -> dict:
+    inputs, target = picture(seed), Instances((160, 160))
+    boxes = torch.tensor([[10.0, 20.0, 80.0, 90.0], [60.0, 50.0, 150.0, 140.0]])[:objects]
+    masks = torch.zeros(objects, 160, 160, dtype=torch.bool)
+    for mask, box in zip(masks, boxes.long(), strict=True):
+        mask[box[1] : box[3], box[0] : box[2]] = True
+    target.gt_boxes, target.gt_masks = Boxes(boxes), BitMasks(masks)
+    target.gt_classes = torch.arange(objects) % 3
+    return inputs | {"instances": target}
+
+
+def parts_of(model: OpenVocabularyRCNN, inputs: dict):
+    return model.inference([inputs], return_parts=True)[0]["parts"]
+
+
+def test_a_training_step_reaches_every_trainable_parameter(image_text) -> None:
+    model = small_detector(image_text).train()
+    model.set_text_embeddings(words(3))
+    with EventStorage():
+        losses = model([training_picture(0), training_picture(1)])
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
+    sum(losses.values()).backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing and all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_pictures_without_objects_train(image_text) -> None:
+    model = small_detector(image_text).train()
+    model.set_text_embeddings(words(3))
+    with EventStorage():
+        losses = model([training_picture(0, objects=0), training_picture(1, objects=0)])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert losses["loss_mask"] == 0 and losses["loss_box_reg"] == 0
+
+
+def test_training_learns_two_pictures(image_text) -> None:
+    model = small_detector(image_text, vlm_mode="off").train()
+    model.set_text_embeddings(words(3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    batch, totals = [training_picture(0), training_picture(1)], []
+    with EventStorage():
+        for _ in range(25):
+            total = sum(model(batch).values())
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            totals.append(total.item())
+    assert sum(totals[-3:]) / 3 < 0.6 * totals[0]
+
+
+@pytest.mark.parametrize("mode", ["backbone", "frozen_copy"])
+def test_frozen_weights_stay_bit_identical(image_text, mode: str) -> None:
+    model = small_detector(image_text, freeze_backbone=True, vlm_mode=mode).train()
+    model.set_text_embeddings(words(3))
+    frozen = ("backbone.net.", "roi_heads.image_text_head.")
+    before = {n: v.clone() for n, v in model.state_dict().items() if n.startswith(frozen)}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with EventStorage():
+        sum(model([training_picture(0)]).values()).backward()
+    optimizer.step()
+    assert before and all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_boxes_do_not_depend_on_the_vocabulary(image_text) -> None:
+    model, inputs = small_detector(image_text).eval(), picture()
+    model.set_text_embeddings(words(4))
+    first = parts_of(model, inputs)
+    model.set_text_embeddings(torch.randn(9, 64))
+    second = parts_of(model, inputs)
+    assert torch.equal(first.boxes, second.boxes) and torch.equal(first.objectness, second.objectness)
+
+
+@pytest.mark.parametrize("mode", ["backbone", "frozen_copy", "off"])
+def test_permuting_the_vocabulary_permutes_the_scores(image_text, mode: str) -> None:
+    model, inputs, order = small_detector(image_text, vlm_mode=mode).eval(), picture(), torch.tensor([3, 0, 4, 1, 2])
+    is_base = torch.tensor([True, False, True, False, False])
+    model.set_text_embeddings(words(5), is_base)
+    scores = parts_of(model, inputs).fused(model.roi_heads.is_base, 0.35, 0.65, 0.0)
+    model.set_text_embeddings(words(5)[order], is_base[order])
+    permuted = parts_of(model, inputs).fused(model.roi_heads.is_base, 0.35, 0.65, 0.0)
+    columns = torch.cat([torch.tensor([0]), order + 1])
+    torch.testing.assert_close(permuted, scores[:, columns], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 5000])
+def test_vocabulary_of_any_size_runs(image_text, count: int) -> None:
+    model = small_detector(image_text, detections_per_image=20).eval()
+    model.set_text_embeddings(words(count), torch.zeros(count, dtype=torch.bool))
+    instances = model([picture() | {"height": 80, "width": 100}])[0]["instances"]
+    assert 0 < len(instances) <= 20 and int(instances.pred_classes.max()) < count
+    assert instances.pred_masks.shape == (len(instances), 80, 100)
+
+
+def test_candidate_limit_keeps_the_best_detections(image_text) -> None:
+    model = small_detector(image_text, detections_per_image=10).eval()
+    model.set_text_embeddings(words(30))
+    everything = model([picture()])[0]["instances"]
+    model.roi_heads.max_candidates = 1200  # of 60 regions x 30 words
+    limited = model([picture()])[0]["instances"]
+    assert torch.equal(limited.scores, everything.scores) and torch.equal(limited.pred_classes, everything.pred_classes)
+
+
+def test_fusion_off_equals_zero_weights(image_text) -> None:
+    inputs, alone = picture(), small_detector(image_text, vlm_mode="off").eval()
+    zero = small_detector(image_text, vlm_mode="backbone", alpha=0.0, beta=0.0).eval()
+    for model in (alone, zero):
+        model.set_text_embeddings(words(4))
+    first, second = alone([inputs])[0]["instances"], zero([inputs])[0]["instances"]
+    torch.testing.assert_close(first.scores, second.scores)
+    assert torch.equal(first.pred_classes, second.pred_classes)
+
+
+def test_kept_parts_fused_again_give_the_detections(image_text) -> None:
+    model = small_detector(image_text, alpha=0.2, beta=0.7, objectness_delta=1.0).eval()
+    model.set_text_embeddings(words(4), torch.tensor([True, True, False, False]))
+    output = model.inference([picture()], return_parts=True)[0]
+    again = model.roi_heads.select_detections([output["parts"]])[0]
+    assert torch.equal(again.scores, output["instances"].scores)
+    scores = output["parts"].fused(model.roi_heads.is_base, 0.2, 0.7, 1.0)
+    assert output["instances"].scores.max() == pytest.approx(scores[:, 1:].max().item())
+
+
+def test_frozen_copy_scores_with_the_pretrained_tower(image_text) -> None:
+    model = small_detector(image_text, vlm_mode="frozen_copy").eval()
+    model.set_text_embeddings(words(4))
+    before = parts_of(model, picture())
+    with torch.no_grad():
+        model.backbone.net.blocks[0].attn.proj.weight.add_(0.1)  # as training would change the backbone
+    images = model.preprocess_image([picture()])
+    proposal = Instances(
+        (160, 160), proposal_boxes=Boxes(before.proposals), objectness_logits=torch.zeros(len(before.boxes))
+    )
+    features = model.backbone(images.tensor, images.image_sizes)
+    after = model.roi_heads.score_regions(images, features, [proposal])[0]
+    assert torch.equal(after.image_text, before.image_text) and not torch.equal(after.detector, before.detector)
+
+
+def test_padding_in_a_batch_does_not_change_the_image_text_map(image_text) -> None:
+    model = small_detector(image_text).eval()
+    small, large = picture(0, 96, 160), picture(1, 160, 160)
+    alone = model.preprocess_image([small])
+    both = model.preprocess_image([small, large])
+    assert isinstance(both, ImageList) and both.tensor.shape[-2:] == (160, 160)
+    with torch.no_grad():
+        expected = model.backbone(alone.tensor, alone.image_sizes)["vit"]
+        padded = model.backbone(both.tensor, both.image_sizes)["vit"]
+    torch.testing.assert_close(padded[:1, :, :6], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sides_that_do_not_divide_by_the_coarsest_stride_are_padded(image_text) -> None:
+    model = small_detector(image_text)
+    assert model.preprocess_image([picture(0, 90, 130)]).tensor.shape[-2:] == (96, 160)
+
+
+def test_pixels_are_normalised_with_the_image_text_models_statistics(image_text) -> None:
+    model = small_detector(image_text)
+    image = torch.full((3, 160, 160), 128, dtype=torch.uint8)
+    for channel in range(3):
+        expected = (128 / 255 - image_text.mean[channel]) / image_text.std[channel]
+        assert model.preprocess_image([{"image": image}]).tensor[0, channel, 0, 0].item() == pytest.approx(
+            expected, abs=1e-5
+        )
+
+
+def test_running_without_a_vocabulary_says_so(image_text) -> None:
+    with pytest.raises(ValueError, match="no vocabulary yet"):
+        small_detector(image_text).eval()([picture()])
+
+
+def test_configuration_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match="vlm_mode is 'copy'"):
+        DetectorConfig(vlm_mode="copy")
+    with pytest.raises(ValueError, match="unknown detector field.*windowsize"):
+        DetectorConfig.from_dict({"windowsize": 3})
+
+
+def test_lazy_config_builds_the_detector(image_text_folder) -> None:
+    from detectron2.config import LazyConfig, instantiate
+
+    root = Path(__file__).parents[3]
+    config = LazyConfig.load(str(root / "configs/ovd/common/model.py"))
+    config.model.image_text = str(image_text_folder)
+    config = LazyConfig.apply_overrides(
+        config, ["model.architecture.pyramid_channels=16", "model.architecture.alpha=0.1"]
+    )
+    model = instantiate(config.model)
+    assert model.architecture == DetectorConfig(pyramid_channels=16, alpha=0.1)

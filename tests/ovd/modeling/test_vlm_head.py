@@ -1,0 +1,53 @@
+"""The image-text model's score of a region."""
+
+import torch
+import torch.nn.functional as F
+
+from ovd.modeling.backbone import WindowedViT
+from ovd.modeling.vlm_head import ImageTextHead, shrink_boxes
+
+
+@torch.no_grad()
+def test_whole_image_box_is_the_image_embedding(image_text) -> None:
+    visual, images = image_text.model.visual, torch.randn(2, 3, 160, 160)
+    head = ImageTextHead(visual, 64, scale=100.0, output_size=10)
+    feature_map = WindowedViT(visual.trunk, 160, window_size=0).eval()(images)["vit"]
+    box = torch.tensor([[0.0, 0.0, 160.0, 160.0]])
+    regions = head.embed_regions(feature_map, [box, box])
+    whole = F.normalize(image_text.model.encode_image(images), dim=-1)
+    assert F.cosine_similarity(regions, whole).min() > 0.99
+
+
+@torch.no_grad()
+def test_default_grid_is_close_to_the_image_embedding_too(image_text) -> None:
+    visual, images = image_text.model.visual, torch.randn(1, 3, 160, 160)
+    head = ImageTextHead(visual, 64, scale=100.0)
+    feature_map = WindowedViT(visual.trunk, 160, window_size=0).eval()(images)["vit"]
+    region = head.embed_regions(feature_map, [torch.tensor([[0.0, 0.0, 160.0, 160.0]])])
+    assert F.cosine_similarity(region, image_text.model.encode_image(images)).item() > 0.99
+
+
+@torch.no_grad()
+def test_logits_are_scaled_cosines_and_probabilities_have_no_background(image_text) -> None:
+    head = ImageTextHead(image_text.model.visual, 64, scale=30.0)
+    words = torch.randn(5, 64)
+    head.set_text_embeddings(words)
+    feature_map, boxes = torch.randn(1, 96, 10, 10), [torch.tensor([[16.0, 16.0, 90.0, 120.0], [0, 0, 40, 40]])]
+    region = head.embed_regions(feature_map, boxes)
+    expected = 30.0 * F.cosine_similarity(region[:, None], words[None], dim=-1)
+    torch.testing.assert_close(head(feature_map, boxes), expected)
+    probabilities = head.probabilities(feature_map, boxes)
+    assert (probabilities[:, 0] == 0).all()
+    torch.testing.assert_close(probabilities[:, 1:], expected.softmax(dim=1))
+
+
+def test_shrinking_keeps_the_centre() -> None:
+    shrunk = shrink_boxes(torch.tensor([[10.0, 20.0, 30.0, 60.0]]), 0.5)
+    assert shrunk.tolist() == [[15.0, 30.0, 25.0, 50.0]]
+
+
+def test_nothing_is_trainable_and_it_stays_in_evaluation_mode(image_text) -> None:
+    visual = image_text.model.visual
+    head = ImageTextHead(visual, 64, 100.0, tower=WindowedViT(visual.trunk, 160, frozen=True)).train()
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+    assert not any(module.training for module in head.modules())
