@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from detectron2.data.transforms import ResizeTransform
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ovd.data.images import read_image
+from ovd.data.mapper import ResizeLongestSide
 from ovd.detections import Detections
 from ovd.modeling.rcnn import DetectorConfig, OpenVocabularyRCNN, build_detector
 from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary, load_embeddings
@@ -91,7 +90,7 @@ class OpenVocabularyDetector:
             there = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
             raise ValueError(
                 f"no detector named {name!r} ships with this installation (there is: {', '.join(there) or 'none'}); "
-                "train one and load it with from_checkpoint"
+                "train one with tools/train_net.py and give its folder"
             )
         return cls.from_checkpoint(folder / name, device)
 
@@ -159,7 +158,9 @@ class OpenVocabularyDetector:
             return [self.predict(one, score_threshold, max_detections) for one in image]
         pixels = read_image(image)
         height, width = pixels.shape[:2]
-        inputs = {"image": self._resize(pixels), "height": height, "width": width}
+        resized = ResizeLongestSide(self.model.architecture.image_size).get_transform(pixels).apply_image(pixels)
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        inputs = {"image": tensor, "height": height, "width": width}
         self.model.eval()
         outputs = self.model.inference([inputs], min_score=score_threshold, max_detections=max_detections)
         instances = outputs[0]["instances"].to("cpu")
@@ -172,14 +173,6 @@ class OpenVocabularyDetector:
             masks=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
             image_size=(height, width),
         )
-
-    def _resize(self, pixels: np.ndarray) -> Tensor:
-        """Scale so that the longer side is the detector's image size: uint8 (H, W, 3) -> (3, h, w)."""
-        height, width = pixels.shape[:2]
-        scale = self.model.architecture.image_size / max(height, width)
-        new = (max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5)))
-        resized = ResizeTransform(height, width, *new, Image.Resampling.BILINEAR).apply_image(pixels)
-        return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
 
 
 def save_detector(

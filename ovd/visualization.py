@@ -61,7 +61,11 @@ def distinct_colours(names: Sequence[str]) -> dict[str, Colour]:
 
 @lru_cache(maxsize=1)
 def _palette() -> list[Colour]:
-    return [_oklch_to_rgb(l, c, 2 * math.pi * (h + 0.5) / _HUES) for l, c in _TONES for h in range(_HUES)]
+    return [
+        _oklch_to_rgb(lightness, chroma, 2 * math.pi * (hue + 0.5) / _HUES)
+        for lightness, chroma in _TONES
+        for hue in range(_HUES)
+    ]
 
 
 def _oklch_to_rgb(lightness: float, chroma: float, hue: float) -> Colour:
@@ -87,7 +91,7 @@ def draw_detections(
     colours: Mapping[str, Colour] | None = None,
     show_scores: bool = True,
     show_labels: bool = True,
-    mask_opacity: float = 0.42,
+    mask_opacity: float = 0.35,
     scale: float = 1.0,
     font_path: str | Path | None = None,
 ) -> np.ndarray:
@@ -267,21 +271,17 @@ def _chip(text: str, colour: Colour, style: _Style) -> Image.Image:
     height = math.ceil(bottom - top) + 2 * max(1, round(style.pad * 0.6))
     fine = 4  # PIL does not smooth shapes; drawn four times too large and shrunk, they are
     shape = Image.new("L", (width * fine, height * fine), 0)
-    ImageDraw.Draw(shape).rounded_rectangle(
-        (0, 0, width * fine - 1, height * fine - 1), radius=style.radius * fine, fill=255
-    )
+    corners = (0, 0, width * fine - 1, height * fine - 1)
+    ImageDraw.Draw(shape).rounded_rectangle(corners, radius=style.radius * fine, fill=255)
     chip = Image.new("RGBA", (width, height), (*colour, 0))
     chip.putalpha(shape.resize((width, height), Image.Resampling.BOX))
     ink = Image.new("L", (width, height), 0)
-    ImageDraw.Draw(ink).text(
-        (style.pad, (height - (bottom - top)) / 2 - top), text, font=style.font, fill=255
-    )
+    ImageDraw.Draw(ink).text((style.pad, (height - (bottom - top)) / 2 - top), text, font=style.font, fill=255)
     # Rec. 709 weights: black letters on light colours, white on dark ones.
     light = 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2] > 150
     letters = Image.new("RGB", (width, height), (20, 20, 20) if light else (255, 255, 255))
-    alpha = chip.getchannel("A")
     body = Image.composite(letters, chip.convert("RGB"), ink)
-    body.putalpha(alpha)
+    body.putalpha(chip.getchannel("A"))
     return body
 
 
@@ -345,7 +345,7 @@ def image_grid(
         uint8 RGB.
 
     Raises:
-        ValueError: no picture, as many captions as pictures are missing, or a size is below 1.
+        ValueError: there is no picture, the captions are not as many as the pictures, or a size is below 1.
     """
     if not images:
         raise ValueError("image_grid got no pictures; give at least one")

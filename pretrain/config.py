@@ -5,7 +5,7 @@ line overrides are `key=value` with dots. An unknown field is an error that name
 """
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -147,9 +147,9 @@ class PretrainConfig:
 
 
 def _check_names(node: Any, schema: type, where: str) -> None:
-    """Raise ConfigError for the first key of `node` that `schema` does not have."""
+    """Raise ConfigError for the first key of `node` that `schema` does not have, or a group of fields that is none."""
     if not isinstance(node, dict):
-        return
+        raise ConfigError(f"{where} is {node!r}: it must be a group of fields ({', '.join(get_type_hints(schema))})")
     known = get_type_hints(schema)
     for key, value in node.items():
         if key not in known:
@@ -161,9 +161,22 @@ def _check_names(node: Any, schema: type, where: str) -> None:
         path = f"{where}.{key}" if where else key
         if is_dataclass(kind):
             _check_names(value, kind, path)
-        elif isinstance(value, list) and get_args(kind) and is_dataclass(get_args(kind)[0]):
+        elif get_args(kind) and is_dataclass(get_args(kind)[0]):
+            if not isinstance(value, list):
+                raise ConfigError(f"{path} is {value!r}: it must be a list, one item for each of the {path}")
             for index, item in enumerate(value):
                 _check_names(item, get_args(kind)[0], f"{path}[{index}]")
+                # OmegaConf's own message would not say which item.
+                _typed(get_args(kind)[0], item, f"{path}[{index}].")
+
+
+def _typed(schema: type, node: dict, where: str = "") -> Any:
+    """An object of the schema; ConfigError for a value of the wrong type, its field prefixed by `where`."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", "") or "configuration"
+        raise ConfigError(f"{where}{key}: {str(error).splitlines()[0]}") from error
 
 
 def _read_yaml(path: Path) -> Any:
@@ -175,6 +188,8 @@ def _read_yaml(path: Path) -> Any:
         node = OmegaConf.load(path)
     except Exception as error:  # the YAML parser's own errors have many types
         raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not OmegaConf.is_dict(node):
+        raise ConfigError(f"{path} holds no `field: value` lines at its top level: start from one of configs/pretrain")
     parent = node.pop("parent", None)
     return OmegaConf.merge(_read_yaml(path.parent / parent), node) if parent else node
 
@@ -190,20 +205,22 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Pretrai
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         key, _, value = override.partition("=")
+        if key.startswith("phases") and "phases" not in node:  # a list index needs the list it counts in
+            node.phases = [asdict(phase) for phase in PretrainConfig().phases]
         try:
             OmegaConf.update(node, key, OmegaConf.create(f"value: {value}").value)
-        except (OmegaConfBaseException, ValueError, AttributeError) as error:
+        except Exception as error:  # OmegaConf's, the YAML parser's, and plain ones for a list index that is not there
             raise ConfigError(f"override {override!r}: {str(error).splitlines()[0]}") from error
-    return config_from_dict(OmegaConf.to_container(node, resolve=True))
+    try:
+        return config_from_dict(OmegaConf.to_container(node, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def config_from_dict(node: dict) -> PretrainConfig:
     """Check a plain dictionary against the schema and return the typed configuration."""
     _check_names(node, PretrainConfig, "")
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), node))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', '') or 'configuration'}: {str(error).splitlines()[0]}") from error
+    config = _typed(PretrainConfig, node)
     validate(config)
     return config
 
@@ -222,8 +239,15 @@ def validate(config: PretrainConfig) -> None:
                 f"{where}.context_length {phase.context_length} exceeds model.text.context_length "
                 f"{config.model.text.context_length}"
             )
+        if phase.warmup_steps < 0 or phase.lr < 0:
+            raise ConfigError(f"{where}: warmup_steps {phase.warmup_steps} and lr {phase.lr} must not be negative")
         if phase.schedule not in ("linear", "cosine"):
             raise ConfigError(f"{where}.schedule is {phase.schedule!r}: linear or cosine")
+    for name in ("log_every", "checkpoint_every"):
+        if getattr(config.run, name) < 1:
+            raise ConfigError(f"run.{name} is {getattr(config.run, name)}: it must be at least 1 step")
+    if not config.data.caption.templates or not config.evaluation.templates:
+        raise ConfigError('data.caption.templates and evaluation.templates need at least one template; ["{}"] is plain')
     if config.run.device not in ("auto", "cpu", "cuda", "xla"):
         raise ConfigError(f"run.device is {config.run.device!r}: auto, cpu, cuda or xla")
     if config.run.precision not in ("auto", "fp32", "bf16"):

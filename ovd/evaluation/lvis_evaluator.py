@@ -336,7 +336,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         missing = {image["id"] for image in self.ground_truth["images"]} - set().union(*(part[1] for part in gathered))
         if missing:
             # Their objects count as missed, so the numbers are lower than the detector deserves.
-            logger.warning("%d pictures of the ground truth were never shown to the detector", len(missing))
+            total = len(self.ground_truth["images"])
+            logger.warning("%d of %d pictures of the ground truth were never shown", len(missing), total)
         tasks = IOU_TYPES if any(part[2] for part in gathered) else ("bbox",)
         reports = {task: evaluate_report(self.ground_truth, results, task, self.max_dets) for task in tasks}
         metrics = OrderedDict((task, report.metrics) for task, report in reports.items())

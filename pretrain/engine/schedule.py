@@ -6,7 +6,8 @@ from pretrain.config import PhaseConfig
 
 
 def lr_at(step: int, phase: PhaseConfig) -> float:
-    """Learning rate for 0-based `step`: linear warm-up from 0 to the peak, then decay to `final_lr` at the last step.
+    """Learning rate for 0-based `step`: linear warm-up from 0 to the peak, then decay to `final_lr`, which the
+    step after the last one would have (so the last one still learns).
 
     RECLIP decays linearly (arXiv 2304.06028, section 4).
     """

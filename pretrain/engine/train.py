@@ -5,14 +5,14 @@ Where training starts: (1) the run folder's own state, with --resume; (2) scratc
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
-from pretrain.config import ConfigError, PhaseConfig, PretrainConfig, to_yaml
+from pretrain.config import ConfigError, PretrainConfig, to_yaml
 from pretrain.data.folder import ImageStore, read_backgrounds, read_table, select_split, withhold_words
 from pretrain.data.loader import build_loader
 from pretrain.engine.checkpoint import load_state, save_state
@@ -90,6 +90,7 @@ class Trainer:
         self.device = Device(config.run.device, config.run.precision)
         self.data = load_data(config)
         self.model = build_model(config.model)
+        self._check_phases()
         self.objective: Objective = build_objective(config, self.model).to(self.device.torch_device)
         self.results: dict[str, dict[str, ZeroShotResult]] = {}
         self._first_phase, self._first_step, self._state = 0, 0, state
@@ -97,11 +98,25 @@ class Trainer:
             if state["config"] != self._identity():
                 raise ConfigError(f"{folder} was started with another configuration: restore {folder}/config.yaml")
             self._first_phase, self._first_step = state["phase"], state["step"]
-            trim_metrics(folder / "metrics.jsonl", self._global_step(state["phase"], state["step"]))
+            for phase, by_split in state["results"].items():
+                self.results[phase] = {split: ZeroShotResult(**values) for split, values in by_split.items()}
+        # Also without a state: a run that ended before its first one is written again from the start.
+        trim_metrics(folder / "metrics.jsonl", self._global_step(self._first_phase, self._first_step))
         self.folder = RunFolder(folder, to_yaml(config), [config.data.table])
         for note in self.data.notes:
             print(note)
         self._seconds = state["seconds"] if state else 0.0
+
+    def _check_phases(self) -> None:
+        """Refuse now what would otherwise stop the run when its last phase begins."""
+        patch = self.model.visual.trunk.patch_embed.patch_size[0]
+        for index, phase in enumerate(self.config.phases):
+            if phase.image_size % patch:
+                raise ConfigError(
+                    f"phases[{index}].image_size {phase.image_size} is not a multiple of the patch size {patch}: use "
+                    f"{phase.image_size // patch * patch or patch}"
+                )
+            build_loader(self.data.training, self.data.store, [], self.config.data, phase, seed=0)
 
     def _identity(self) -> str:
         """What must not change on resumption: everything but where and how often things are written."""
@@ -153,7 +168,9 @@ class Trainer:
                 output = self._step(forward, optimizer, batch, lr_at(step, phase))
                 bar.update()
                 done = step + 1
-                if done % self.config.run.log_every == 0 or done == phase.steps:
+                saving = done % self.config.run.checkpoint_every == 0 or done == phase.steps
+                # Reading the loss before every save keeps a state with a loss that is not finite off the disk.
+                if saving or done % self.config.run.log_every == 0:
                     elapsed = time.perf_counter() - started
                     self._seconds += elapsed
                     self._log(index, done, output, optimizer, (done - since) * phase.batch_size / elapsed, bar)
@@ -162,7 +179,7 @@ class Trainer:
                 if done == phase.steps or (every and done % every == 0):
                     self._evaluate(index, done)
                     started = time.perf_counter()
-                if done % self.config.run.checkpoint_every == 0 or done == phase.steps:
+                if saving:
                     self._save(index, done, optimizer)
 
     def _step(self, forward, optimizer: torch.optim.Optimizer, batch: dict, lr: float) -> dict[str, torch.Tensor]:
@@ -213,6 +230,10 @@ class Trainer:
                 "config": self._identity(), "phase": index, "step": step, "seconds": self._seconds,
                 "objective": self.objective.state_dict(), "optimizer": optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
+                "results": {
+                    phase: {split: asdict(result) for split, result in by_split.items()}
+                    for phase, by_split in self.results.items()
+                },
             },
         )  # fmt: skip
 

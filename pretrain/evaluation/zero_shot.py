@@ -3,12 +3,12 @@
 Class features are the mean of the normalised features of each prompt template, normalised again (CLIP, section 3.1.4).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from open_clip import CustomTextCLIP
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CustomTextCLIP
 
 from pretrain.data.folder import ImageStore
 from pretrain.data.tokenizer import build_tokenizer
@@ -35,10 +35,11 @@ class ZeroShotResult:
 
 
 def class_features(
-    model: CustomTextCLIP, names: Sequence[str], templates: Sequence[str], device: torch.device, batch_size: int = 512
-) -> torch.Tensor:
-    """(C, D) normalised text features of the names under a prompt ensemble."""
-    tokenizer = build_tokenizer(model.text.context_length)
+    model: CustomTextCLIP, names: Sequence[str], templates: Sequence[str], device: torch.device, batch_size: int = 512,
+    tokenizer: Callable[[list[str]], torch.Tensor] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """(C, D) normalised text features of the names under a prompt ensemble (`tokenizer` as in `evaluate_zero_shot`)."""
+    tokenizer = tokenizer or build_tokenizer(model.context_length)
     prompts = [template.format(name) for name in names for template in templates]
     parts = [
         F.normalize(model.encode_text(tokenizer(prompts[i : i + batch_size]).to(device)).float(), dim=-1)
@@ -57,6 +58,8 @@ def topk_hits(similarities: torch.Tensor, labels: torch.Tensor, k: int) -> int:
 def evaluate_zero_shot(
     model: CustomTextCLIP, rows: Sequence[dict[str, str]], classes: Sequence[str], store: ImageStore,
     templates: Sequence[str], device: torch.device, batch_size: int = 256,
+    tokenizer: Callable[[list[str]], torch.Tensor] | None = None, mean: Sequence[float] = OPENAI_DATASET_MEAN,
+    std: Sequence[float] = OPENAI_DATASET_STD,
 ) -> ZeroShotResult:  # fmt: skip
     """Top-1 and top-5 of the rows' captions among `classes`.
 
@@ -64,16 +67,19 @@ def evaluate_zero_shot(
         model: towers at the image size and text length they are to be judged at; put back into its mode afterwards.
         rows: table rows; `caption` is the true class and must be in `classes`.
         classes: distinct names.
+        tokenizer: texts to (N, context_length) int64; None: open_clip's own at the model's text length.
+        mean, std: what the image tower was trained with, on the 0–1 scale.
     """
     index = {name: i for i, name in enumerate(classes)}
     training = model.training
     model.eval()
-    text = class_features(model, classes, templates, device)
-    size = model.visual.image_size[0]
+    text = class_features(model, classes, templates, device, tokenizer=tokenizer)
+    size = model.visual.image_size
+    size = size if isinstance(size, int) else size[0]  # a pair in open_clip's towers, a number in some older ones
     top1 = top5 = 0
     for chunk in _chunks(rows, batch_size):
         images = torch.stack([evaluation_view(store.read(row["image"]), size) for row in chunk]).to(device)
-        features = F.normalize(model.visual(normalise(images)).float(), dim=-1)
+        features = F.normalize(model.encode_image(normalise(images, mean, std)).float(), dim=-1)
         labels = torch.tensor([index[row["caption"]] for row in chunk], device=device)
         similarities = features @ text.T
         top1 += topk_hits(similarities, labels, 1)

@@ -10,7 +10,7 @@ from open_clip import CustomTextCLIP
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pretrain.config import ModelConfig
+from pretrain.config import ConfigError, ModelConfig
 from pretrain.modeling.position_embedding import resample_grid
 
 
@@ -40,12 +40,12 @@ def native_image_size(timm_model: str) -> int:
     """The image size that timm builds a model with, and so the size of its position table in a checkpoint.
 
     Raises:
-        ValueError: if timm does not know the name (the message lists near ones).
+        ConfigError: if timm does not know the name (the message lists near ones).
     """
     default = timm.models.get_pretrained_cfg(timm_model) if timm.is_model(timm_model) else None
     if default is None:
         near = timm.list_models(f"*{timm_model.split('_')[1] if '_' in timm_model else timm_model}*gap*")[:5]
-        raise ValueError(f"model.image.timm_model: timm has no model {timm_model!r}; near ones: {', '.join(near) or '-'}")
+        raise ConfigError(f"model.image.timm_model: timm has no model {timm_model!r}; near ones: {', '.join(near) or '-'}")
     return default.input_size[-1]
 
 
@@ -53,7 +53,7 @@ def build_model(config: ModelConfig) -> CustomTextCLIP:
     """Freshly initialised towers.
 
     Raises:
-        ValueError: if the timm model is not a plain vision transformer with average pooling and without a class token.
+        ConfigError: if the timm model is not a plain vision transformer with average pooling and without a class token.
     """
     definition = open_clip_config(config)
     model = CustomTextCLIP(
@@ -64,7 +64,7 @@ def build_model(config: ModelConfig) -> CustomTextCLIP:
     )
     trunk = model.visual.trunk
     if not isinstance(trunk, VisionTransformer) or trunk.cls_token is not None or trunk.global_pool != "avg":
-        raise ValueError(
+        raise ConfigError(
             f"model.image.timm_model: {config.image.timm_model} is not an average-pooled vision transformer without "
             "class token; timm's names for those contain `_gap_` (for example vit_base_patch16_siglip_gap_224)"
         )
@@ -86,7 +86,7 @@ def set_image_size(model: CustomTextCLIP, size: int) -> None:
     """
     trunk = model.visual.trunk
     patch = trunk.patch_embed.patch_size[0]
-    if size % patch:
+    if size < 1 or size % patch:
         raise ValueError(f"image_size {size} is not a multiple of the patch size {patch}: use {size // patch * patch or patch}")
     prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
     table = resample_grid(trunk.pos_embed.detach(), size // patch, prefix)

@@ -1,0 +1,32 @@
+"""Loaders of the miniature: base-only training scenes, test scenes by a vendor that training never saw."""
+
+from detectron2.config import LazyCall as L
+
+from ovd.data.mapper import OpenVocabularyMapper
+from ovd.engine.defaults import build_test_loader, build_train_loader
+
+data = dict(
+    train_annotations="data/mini/mini_lvis_train.json",
+    lvis_ids=True,  # category ids are LVIS v1's: the leak check then covers all of its rare classes
+    train=L(build_train_loader)(
+        annotations="${data.train_annotations}",
+        image_root="data/mini",
+        mapper=L(OpenVocabularyMapper)(is_train=True, image_size=320, scale_range=(0.6, 1.4)),
+        batch_size=4,
+        workers=1,
+        seed="${train.seed}",
+    ),
+    test=L(build_test_loader)(
+        annotations="${evaluation.annotations}",
+        image_root="data/mini",
+        mapper=L(OpenVocabularyMapper)(is_train=False, image_size=320),
+        batch_size=4,
+        workers=1,
+    ),
+)
+
+evaluation = dict(
+    annotations="data/mini/mini_lvis_test.json",
+    fusion=dict(),  # alpha, beta, objectness_delta, where they should differ from the checkpoint's
+    control=True,  # also with the text embeddings shuffled
+)

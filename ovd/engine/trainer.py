@@ -1,0 +1,188 @@
+"""Train a detector on base categories: Detectron2's loop and hooks, a leak check before the first step.
+
+Where training starts: (1) the run folder's own state, with --resume; (2) the image-text checkpoint that the config
+names.
+"""
+
+import copy
+import json
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import instantiate
+from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+from omegaconf import OmegaConf
+
+from ovd.data.leak_check import check_leaks
+from ovd.data.lvis import base_novel_split, read_ground_truth
+from ovd.detector import OpenVocabularyDetector, save_detector
+from ovd.engine.evaluate import evaluate_detector, results_table
+from ovd.modeling.rcnn import OpenVocabularyRCNN
+from ovd.text.embeddings import embed_vocabulary
+from ovd.text.vocabulary import Vocabulary
+from pretrain.engine.run_folder import RunFolder, write_text_atomically
+from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class LeakError(ValueError):
+    """Novel classes were found in what is meant to be base-only training."""
+
+
+@dataclass
+class BaseVocabulary:
+    """The categories trained on."""
+
+    names: list[str]
+    embeddings: torch.Tensor  # (C, D), normalised
+
+
+def check_training_data(cfg: Any, output: Path) -> None:
+    """Prove that no novel class is in the training annotations or vocabulary; the proof is in leak_check.json.
+
+    Novel are the rare categories of `cfg.evaluation.annotations` and, where the full LVIS list has more, of LVIS v1.
+
+    Raises:
+        LeakError: if one is, naming the first findings.
+    """
+    from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
+
+    training = read_ground_truth(cfg.data.train_annotations)
+    evaluated = read_ground_truth(cfg.evaluation.annotations)["categories"]
+    novel = {c["id"]: c for c in base_novel_split(evaluated)[1]}
+    if cfg.data.lvis_ids:
+        # Every rare LVIS class counts, not only those that are evaluated.
+        novel = {c["id"]: c for c in base_novel_split(LVIS_CATEGORIES)[1]} | novel
+    words = [c["name"] for c in training["categories"]]
+    report = check_leaks(training, list(novel.values()), words)
+    write_text_atomically(output / "leak_check.json", json.dumps(report.to_dict(), indent=1) + "\n")
+    if not report.ok:
+        first = "; ".join(str(f) for f in report.findings[:3])
+        raise LeakError(
+            f"{cfg.data.train_annotations} leaks novel classes ({len(report.findings)} findings, for example {first}); "
+            "filter it with ovd.data.lvis.filter_to_base"
+        )
+    logger.info("leak check passed: %s", ", ".join(f"{k} {v}" for k, v in report.counts.items()))
+
+
+def base_vocabulary(cfg: Any, image_text: ImageTextModel) -> BaseVocabulary:
+    """Names and text embeddings of the training categories, in the order of their ids."""
+    categories = sorted(read_ground_truth(cfg.data.train_annotations)["categories"], key=lambda c: c["id"])
+    embeddings = embed_vocabulary(
+        Vocabulary.from_categories(categories), image_text, list(cfg.text.templates), cfg.text.use_synonyms
+    )
+    return BaseVocabulary([c["name"] for c in categories], embeddings)
+
+
+def resolve_device(name: str) -> str:
+    """"auto" is CUDA where there is one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def train(cfg: Any, resume: bool = False) -> Path:
+    """Train as the config says and return the detector's checkpoint folder.
+
+    Reads cfg.model, cfg.data.{train, train_annotations, lvis_ids}, cfg.text.{templates, use_synonyms}, cfg.optimizer,
+    cfg.schedule, cfg.evaluation.annotations, cfg.train.{output, max_iter, log_every, checkpoint_every, device, amp,
+    seed, half}.
+
+    Raises:
+        LeakError: see `check_training_data`.
+        ValueError: the folder already holds a run and `resume` is off.
+    """
+    output = Path(cfg.train.output)
+    if not resume and (output / "last_checkpoint").exists():
+        raise ValueError(f"{output} already holds a run: add --resume to continue it, or set train.output elsewhere")
+    output.mkdir(parents=True, exist_ok=True)
+    _seed_everything(cfg.train.seed + comm.get_rank())
+    device = resolve_device(cfg.train.device)
+    check_training_data(cfg, output)
+    image_text_folder = Path(cfg.model.image_text)
+    image_text = load_checkpoint(image_text_folder)
+    vocabulary = base_vocabulary(cfg, image_text)
+    run = RunFolder(output, OmegaConf.to_yaml(_plain(cfg)), [cfg.data.train_annotations])
+    run.close()  # Detectron2's writers log from here on
+    model: OpenVocabularyRCNN = instantiate(cfg.model).to(device)
+    model.set_text_embeddings(vocabulary.embeddings.to(device), torch.ones(len(vocabulary.names), dtype=torch.bool))
+    _run_loop(cfg, model, output, resume)
+    folder = output / "detector"
+    if comm.is_main_process():
+        save_detector(folder, model, image_text_folder, base_names=vocabulary.names, float16=cfg.train.half)
+    comm.synchronize()
+    return folder
+
+
+def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool) -> None:
+    model.train()
+    # As Detectron2's configs do it: the one argument that only exists now is filled in.
+    description = copy.deepcopy(cfg.optimizer)
+    description.model = model
+    optimizer = instantiate(description)
+    wrapped = create_ddp_model(model, broadcast_buffers=False)
+    use_amp = cfg.train.amp and next(model.parameters()).is_cuda  # Detectron2's AMP trainer is for CUDA only
+    trainer = (AMPTrainer if use_amp else SimpleTrainer)(wrapped, instantiate(cfg.data.train), optimizer)
+    checkpointer = DetectionCheckpointer(wrapped, str(output), trainer=trainer)
+    writers = [
+        CommonMetricPrinter(cfg.train.max_iter, window_size=cfg.train.log_every),
+        JSONWriter(str(output / "metrics.jsonl"), window_size=cfg.train.log_every),
+        TensorboardXWriter(str(output / "tensorboard"), window_size=cfg.train.log_every),
+    ]
+    main = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.schedule)),
+            hooks.PeriodicCheckpointer(checkpointer, cfg.train.checkpoint_every, max_to_keep=1) if main else None,
+            hooks.PeriodicWriter(writers, period=cfg.train.log_every) if main else None,
+        ]
+    )
+    checkpointer.resume_or_load("", resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    trainer.train(start, cfg.train.max_iter)
+
+
+def _plain(cfg: Any) -> Any:
+    """The config as plain containers; callables become their dotted names."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): convert(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [convert(v) for v in value]
+        return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
+
+    return OmegaConf.create(convert(OmegaConf.to_container(cfg, resolve=False)))
+
+
+def evaluate(cfg: Any, detector_folder: str | Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure a detector checkpoint on cfg.evaluation's data; prints the table and writes it into the run folder."""
+    device = resolve_device(cfg.train.device)
+    detector = OpenVocabularyDetector.from_checkpoint(detector_folder, device=device)
+    for name, value in cfg.evaluation.fusion.items():
+        if name not in ("alpha", "beta", "objectness_delta"):
+            raise ValueError(f"evaluation.fusion.{name} is no fusion setting: alpha, beta or objectness_delta")
+        setattr(detector.model.roi_heads, name, value)
+    output = Path(cfg.train.output) / "evaluation"
+    results = evaluate_detector(
+        detector.model, detector.image_text, instantiate(cfg.data.test), cfg.evaluation.annotations,
+        list(cfg.text.templates), output, cfg.text.use_synonyms, cfg.evaluation.control,
+    )  # fmt: skip
+    table = results_table(results)
+    summary = f"# Detector evaluation\n\n- detector: {detector_folder}\n- data: {cfg.evaluation.annotations}\n\n{table}"
+    write_text_atomically(Path(cfg.train.output) / "summary.md", summary)
+    return results

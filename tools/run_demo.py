@@ -1,0 +1,134 @@
+"""The whole way on real input, as `make demo` runs it: data, pretraining, detector, evaluation, pictures, one table.
+
+Every stage is one of this folder's other commands, printed before it runs; a finished stage is not run twice.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+PRETRAIN = "configs/pretrain/reclip_mini.yaml"
+DETECTOR = "configs/ovd/mini_lvis.py"
+TOWERS = Path("runs/pretrain_mini/checkpoint")
+TRAINED = Path("runs/detector_mini")
+KEPT = Path("ovd/weights/mini")
+KEPT_RUN = Path("runs/kept")
+PICTURES = 12
+
+
+def step(title: str, *command: str, done: Path | None = None, output: Path | None = None) -> None:
+    """Run a command of this folder and show it; skip it if `done` exists; its standard output can go to a file.
+
+    Raises:
+        SystemExit: if the command fails; its own message is above.
+    """
+    if done is not None and done.exists():
+        print(f"\n== {title}: already there ({done})", flush=True)
+        return
+    print(f"\n== {title}\n$ python {' '.join(command)}", flush=True)
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE if output else None, text=True)
+    if result.returncode:
+        raise SystemExit(f"make demo stopped: '{title}' failed, see above; run it again after the remedy, it continues")
+    if output:
+        from pretrain.engine.run_folder import write_text_atomically
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(output, result.stdout)
+    print(f"   {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def novel_scenes() -> tuple[list[str], list[str]]:
+    """Test pictures with the most novel objects, and the novel names in the test set (words of the demo)."""
+    truth = json.loads(Path("data/mini/mini_lvis_test.json").read_text())
+    novel = {c["id"]: c["name"].split("_(")[0].replace("_", " ") for c in truth["categories"] if c["frequency"] == "r"}
+    count: dict[int, int] = {}
+    for annotation in truth["annotations"]:
+        if annotation["category_id"] in novel:
+            count[annotation["image_id"]] = count.get(annotation["image_id"], 0) + 1
+    best = sorted(count, key=lambda image: (-count[image], image))[:PICTURES]
+    files = {image["id"]: image["file_name"] for image in truth["images"]}
+    return [f"data/mini/{files[image]}" for image in best], sorted(novel.values())
+
+
+def train_both(trained: bool) -> None:
+    """Build the data and train both halves with the preset for two cores."""
+    step("data", "tools/prepare_data.py", "mini")
+    if not trained:
+        return
+    resume = ["--resume"] if (TOWERS.parent / "state.pt").exists() else []
+    step("pretraining: small images, then high resolution", "tools/pretrain.py", "--config", PRETRAIN, *resume, done=TOWERS)
+    resume = ["--resume"] if (TRAINED / "last_checkpoint").exists() else []
+    step(
+        "detector: base classes only, then LVIS evaluation with the shuffled control",
+        "tools/train_net.py", "--config", DETECTOR, *resume, done=TRAINED / "summary.md",
+    )  # fmt: skip
+
+
+def measure(label: str, towers: Path, detector: Path, run: Path) -> None:
+    """Zero-shot accuracy on the unseen vendor, LVIS evaluation, and pictures for words that were never trained on."""
+    step(
+        f"zero-shot, {label}", "tools/evaluate.py", "--checkpoint", str(towers), "--split", "test", "--json",
+        output=run / "zero_shot.json",
+    )  # fmt: skip
+    if not (run / "evaluation").exists():
+        step(
+            f"LVIS evaluation, {label}", "tools/train_net.py", "--config", DETECTOR, "--eval-only",
+            "--detector", str(detector), f"train.output={run}",
+        )  # fmt: skip
+    pictures, words = novel_scenes()
+    step(
+        f"pictures, {label}: words that were never trained on", "tools/demo.py", "--input", *pictures,
+        "--vocabulary", ", ".join(words), "--weights", str(detector), "--output", f"demo/{run.name}",
+    )  # fmt: skip
+
+
+def row(label: str, run: Path) -> list[str]:
+    """One line of the table from a run's files."""
+    zero_shot = json.loads((run / "zero_shot.json").read_text())
+    cells = [label, f"{zero_shot['top1']:.1%} / {zero_shot['top5']:.1%} ({zero_shot['chance']:.2%})"]
+    for name in ("model", "shuffled_text"):
+        metrics = json.loads((run / "evaluation" / name / "metrics.json").read_text())["metrics"]
+        for task in ("bbox", "segm"):
+            values = [metrics[task].get(key) for key in ("AP", "APr", "APc", "APf")]
+            cells.append(" / ".join("n/a" if v is None else f"{100 * v:.1f}" for v in values))
+    return cells
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run every stage and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kept-only", action="store_true", help="no training: only the weights in the repository")
+    options = parser.parse_args(arguments)
+
+    from ovd.evaluation.results import text_table
+    from pretrain.engine.run_folder import write_text_atomically
+
+    started = time.perf_counter()
+    train_both(trained=not options.kept_only)
+    runs = {} if options.kept_only else {"trained just now": (TOWERS, TRAINED / "detector", TRAINED)}
+    if (KEPT / "config.yaml").exists():
+        runs["kept weights"] = (KEPT / "image_text", KEPT, KEPT_RUN)
+    for label, paths in runs.items():
+        measure(label, *paths)
+    head = [
+        "weights", "zero-shot top-1 / top-5 (chance)", "box AP / APr / APc / APf", "mask AP / APr / APc / APf",
+        "shuffled text: box", "shuffled text: mask",
+    ]  # fmt: skip
+    table = text_table(head, [row(label, paths[2]) for label, paths in runs.items()])
+    write_text_atomically(Path("demo/table.md"), table)
+    print(f"\n{table}\nOn a vendor whose drawings were never seen; r = classes never trained on by the detector.")
+    print("pictures: " + ", ".join(f"demo/{paths[2].name}" for paths in runs.values()) + "   table: demo/table.md")
+    print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
