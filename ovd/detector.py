@@ -7,7 +7,6 @@ This file does not train or evaluate.
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
@@ -28,6 +27,7 @@ from ovd.detections import Detections
 from ovd.modeling.rcnn import DetectorConfig, OpenVocabularyRCNN, build_detector
 from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary, load_embeddings
 from ovd.text.vocabulary import Vocabulary, normalize_word, prompt_phrase
+from pretrain.atomic import replacing, write_atomically
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 
 FORMAT = 1
@@ -205,18 +205,19 @@ def save_detector(
         if file.resolve() == target.resolve():
             continue
         if float16 and file.suffix == ".safetensors":
-            tensors = load_file(file)
-            _replace(target, lambda path, tensors=tensors: save_file(_stored(tensors, True), path, {"format": "pt"}))
+            with replacing(target) as path:
+                save_file(_stored(load_file(file), True), path, {"format": "pt"})
         else:
-            _replace(target, lambda path, file=file: shutil.copyfile(file, path))
+            with replacing(target) as path:
+                shutil.copyfile(file, path)
     skipped = _frozen_prefixes(model)
     tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
-    _replace(folder / WEIGHTS, lambda path: save_file(_stored(tensors, float16), path, {"format": "pt"}))
+    with replacing(folder / WEIGHTS) as path:
+        save_file(_stored(tensors, float16), path, {"format": "pt"})
     description = architecture if isinstance(architecture, dict) else asdict(architecture or model.architecture)
     # Through JSON so that tuples and such become plain lists.
     content = json.loads(json.dumps({"format": FORMAT, "architecture": description, "base_names": list(base_names)}))
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    _replace(folder / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_atomically(folder / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     return folder
 
 
@@ -231,18 +232,6 @@ def _stored(tensors: dict[str, Tensor], float16: bool) -> dict[str, Tensor]:
         return value.half() if float16 and value.is_floating_point() else value
 
     return {name: convert(value) for name, value in tensors.items()}
-
-
-def _replace(path: Path, write) -> None:
-    """Run `write(temporary path)` and rename the result to `path`, so that no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_config(folder: Path) -> dict:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ovd.data.images import ImageError, list_images, read_image
 from ovd.detector import OpenVocabularyDetector
-from ovd.evaluation.results import write_bytes_atomic
 from ovd.visualization import distinct_colours, draw_detections, write_png_atomic
+from pretrain.atomic import write_atomically
 
 RESULTS = "detections.json"
 
@@ -125,5 +125,5 @@ def detect_files(
             number = len(content["annotations"]) + 1
             content["annotations"].append({"id": number, **found, "area": w * h, "iscrowd": 0})
     summary.detections = len(content["annotations"])
-    write_bytes_atomic(summary.results, (json.dumps(content) + "\n").encode())
+    write_atomically(summary.results, (json.dumps(content) + "\n").encode())
     return summary

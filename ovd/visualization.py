@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ovd.detections import Detections
-from ovd.evaluation.results import write_bytes_atomic
+from pretrain.atomic import write_atomically
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
@@ -385,4 +385,4 @@ def write_png_atomic(path: str | Path, image: np.ndarray) -> Path:
     _check_image(image)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)
-    return write_bytes_atomic(path, buffer.getvalue())
+    return write_atomically(path, buffer.getvalue())

@@ -22,11 +22,13 @@ def main() -> int:
     site_packages = Path(sysconfig.get_paths()["purelib"])
     before = {path.name for path in site_packages.iterdir()}
     command = [
-        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.10",
-        "--implementation", "cp", "--target", str(site_packages), PACKAGE,
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:",
+        "--python-version", "3.10", "--implementation", "cp", "--target", str(site_packages), PACKAGE,
     ]  # fmt: skip
     if subprocess.run(command).returncode:
-        print(f"error: pip could not fetch {PACKAGE}: check the network, or install Detectron2 yourself", file=sys.stderr)
+        print(
+            f"error: pip could not fetch {PACKAGE}: check the network, or install Detectron2 yourself", file=sys.stderr
+        )
         return 1
     # The wheel also ships its scripts as a top-level package `tools`, and an extension for another Python.
     if "tools" not in before:

@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     mini.add_argument("--val-scenes", type=int, default=200, help="(default: %(default)s)")
     mini.add_argument("--test-scenes", type=int, default=400, help="(default: %(default)s)")
     mini.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    mini.add_argument("--full", action="store_true", help="add Debian's stamps, furniture renders and photographs (330 MB)")
+    mini.add_argument(
+        "--full", action="store_true", help="add Debian's stamps, furniture renders and photographs (330 MB)"
+    )
     options = parser.parse_args(arguments)
 
     from pretrain.data.npm_archives import FetchError

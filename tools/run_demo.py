@@ -64,7 +64,14 @@ def train_both(trained: bool) -> None:
     if not trained:
         return
     resume = ["--resume"] if (TOWERS.parent / "state.pt").exists() else []
-    step("pretraining: small images, then high resolution", "tools/pretrain.py", "--config", PRETRAIN, *resume, done=TOWERS)
+    step(
+        "pretraining: small images, then high resolution",
+        "tools/pretrain.py",
+        "--config",
+        PRETRAIN,
+        *resume,
+        done=TOWERS,
+    )
     resume = ["--resume"] if (TRAINED / "last_checkpoint").exists() else []
     step(
         "detector: base classes only, then LVIS evaluation with the shuffled control",

@@ -8,33 +8,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
-def load_config(path: str, overrides: list[str]):
-    """Read a LazyConfig and apply overrides; ConfigError names what is wrong."""
-    import difflib
-
-    from detectron2.config import LazyConfig
-    from omegaconf import OmegaConf
-
-    from pretrain.config import ConfigError
-
-    if not Path(path).is_file():
-        near = difflib.get_close_matches(Path(path).name, [p.name for p in Path(path).parent.glob("*.py")], n=1)
-        raise ConfigError(f"no configuration file {path}" + (f"; did you mean {near[0]}?" if near else ""))
-    cfg = LazyConfig.load(path)
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals:
-            raise ConfigError(f"override {override!r} is not of the form key=value")
-        parent, _, leaf = key.rpartition(".")
-        node = OmegaConf.select(cfg, parent) if parent else cfg
-        if node is None or not hasattr(node, "keys") or (leaf not in node and parent != "evaluation.fusion"):
-            known = [str(k) for k in node] if hasattr(node, "keys") else [str(k) for k in cfg]
-            near = difflib.get_close_matches(leaf if node is not None else key.split(".")[0], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-            raise ConfigError(f"unknown field {key!r}: {hint}")
-    return LazyConfig.apply_overrides(cfg, overrides)
-
-
 def run(options: argparse.Namespace) -> None:
     """In each process: train unless only evaluation is asked for, then evaluate in the first one."""
     import logging
@@ -43,6 +16,7 @@ def run(options: argparse.Namespace) -> None:
     from detectron2.utils.logger import setup_logger
 
     from ovd.engine.evaluate import results_table
+    from ovd.engine.lazy_config import load_config
     from ovd.engine.trainer import evaluate, train
 
     cfg = load_config(options.config, options.overrides)

@@ -42,7 +42,12 @@ def build_train_loader(
     else:
         sampler = TrainingSampler(len(dicts), seed=seed)
     return build_detection_train_loader(
-        dicts, mapper=mapper, sampler=sampler, total_batch_size=batch_size, num_workers=workers, aspect_ratio_grouping=False
+        dicts,
+        mapper=mapper,
+        sampler=sampler,
+        total_batch_size=batch_size,
+        num_workers=workers,
+        aspect_ratio_grouping=False,
     )
 
 
@@ -55,12 +60,16 @@ def build_test_loader(
 
 
 def build_optimizer(
-    model: nn.Module, lr: float, backbone_lr_factor: float = 1.0, weight_decay: float = 0.05, betas: tuple = (0.9, 0.999)
+    model: nn.Module,
+    lr: float,
+    backbone_lr_factor: float = 1.0,
+    weight_decay: float = 0.05,
+    betas: tuple = (0.9, 0.999),
 ) -> torch.optim.AdamW:
     """AdamW; a lower rate for the pretrained image tower; no decay on norms, biases, positions and other vectors.
 
     Args:
-        backbone_lr_factor: factor on the rate of `backbone.net` (RECLIP's family uses 0.1 to 0.6); 0 is for frozen ones.
+        backbone_lr_factor: factor on the rate of `backbone.net` (RECLIP's family: 0.1 to 0.6).
     """
     undecayed = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -71,7 +80,11 @@ def build_optimizer(
         groups.setdefault((name.startswith("backbone.net."), plain), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "lr": lr * (backbone_lr_factor if tower else 1.0), "weight_decay": 0.0 if plain else weight_decay}
+            {
+                "params": parameters,
+                "lr": lr * (backbone_lr_factor if tower else 1.0),
+                "weight_decay": 0.0 if plain else weight_decay,
+            }
             for (tower, plain), parameters in groups.items()
         ],
         betas=tuple(betas),

@@ -84,7 +84,7 @@ def base_vocabulary(cfg: Any, image_text: ImageTextModel) -> BaseVocabulary:
 
 
 def resolve_device(name: str) -> str:
-    """"auto" is CUDA where there is one, else the CPU."""
+    """ "auto" is CUDA where there is one, else the CPU."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 

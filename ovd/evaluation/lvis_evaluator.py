@@ -22,7 +22,8 @@ from detectron2.utils import comm
 from faster_coco_eval import COCO, COCOeval_faster
 
 from ovd.detections import Detections
-from ovd.evaluation.results import category_table, summary, write_json_atomic, write_text_atomic
+from ovd.evaluation.results import category_table, summary, write_json_atomic
+from pretrain.atomic import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -353,5 +354,5 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         classes = {task: [asdict(category) for category in report.categories] for task, report in reports.items()}
         write_json_atomic(self.output_dir / "detections.json", results)
         write_json_atomic(self.output_dir / "metrics.json", {"metrics": metrics, "categories": classes})
-        write_text_atomic(self.output_dir / "summary.md", text)
+        write_atomically(self.output_dir / "summary.md", text)
         logger.info("wrote detections.json, metrics.json and summary.md to %s", self.output_dir)

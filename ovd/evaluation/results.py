@@ -6,11 +6,11 @@ Metrics are fractions in 0-1 with NaN where nothing could be measured; here they
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pretrain.atomic import write_atomically
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AR@300")
 
@@ -101,35 +101,9 @@ def summary(results: Mapping[str, Mapping[str, float]], title: str, columns: Seq
     return f"## {title}\n\n{markdown_table(results, columns)}"
 
 
-def write_text_atomic(path: str | Path, text: str) -> Path:
-    """Write text so that a reader sees the old file or the new one, never a part; make the folder if needed."""
-    return write_bytes_atomic(path, text.encode("utf-8"))
-
-
 def write_json_atomic(path: str | Path, value: Any) -> Path:
     """Write JSON whole or not at all; NaN and infinities inside dicts and lists become null, which JSON has."""
-    return write_text_atomic(path, json.dumps(_without_nan(value), allow_nan=False))
-
-
-def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
-    """Write bytes to a temporary file in the same folder, flush it to disk, rename it to `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private to its owner; a result file follows the user's umask like any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    return write_atomically(path, json.dumps(_without_nan(value), allow_nan=False))
 
 
 def _without_nan(value: Any) -> Any:

@@ -4,7 +4,6 @@ Source: CLIP's prompt ensemble (normalise, average, normalise) as used by F-VLM;
 """
 
 import hashlib
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovd.text.vocabulary import Vocabulary
+from pretrain.atomic import replacing
 from pretrain.modeling.checkpoint import ImageTextModel
 
 # Short, because the miniature's captions are.
@@ -65,10 +65,8 @@ def embed_vocabulary(
     sums = torch.zeros(len(vocabulary), embeddings.shape[1]).index_add_(0, owners, embeddings)
     result = F.normalize(sums, dim=-1)
     if cached is not None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_name(f"{cached.stem}.{os.getpid()}.tmp.npy")
-        np.save(temporary, result.numpy())
-        os.replace(temporary, cached)
+        with replacing(cached) as temporary, temporary.open("wb") as file:
+            np.save(file, result.numpy())
     return result
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,11 +11,22 @@ from pretrain.modeling.checkpoint import CheckpointError
 STATE_FILE = "state.pt"
 
 
+def _on_cpu(value: Any) -> Any:
+    """The same nest of dictionaries and lists with its tensors on the CPU (an XLA tensor loads only beside torch-xla)."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item) for item in value)
+    return value
+
+
 def save_state(folder: Path, state: dict) -> None:
     """Write the state to a temporary file, flush it to disk, and rename it over the previous one."""
     temporary = folder / f".{STATE_FILE}.part"
     with temporary.open("wb") as file:
-        torch.save(state, file)
+        torch.save(_on_cpu(state), file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / STATE_FILE)

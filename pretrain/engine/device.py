@@ -27,7 +27,9 @@ class Device:
             try:
                 import torch_xla
             except ImportError as error:
-                raise ConfigError("run.device is xla and torch-xla is not installed: pip install 'reclip-ovd[tpu]'") from error
+                raise ConfigError(
+                    "run.device is xla and torch-xla is not installed: pip install 'reclip-ovd[tpu]'"
+                ) from error
             self._xla = torch_xla
             self.torch_device = torch_xla.device()
             on_tpu = torch_xla.runtime.device_type() == "TPU"
@@ -52,5 +54,7 @@ class Device:
 
     def describe(self) -> str:
         """For logs: the device's name and the precision."""
-        name = torch.cuda.get_device_name() if self.kind == "cuda" else f"{self.kind} ({torch.get_num_threads()} threads)"
+        name = (
+            torch.cuda.get_device_name() if self.kind == "cuda" else f"{self.kind} ({torch.get_num_threads()} threads)"
+        )
         return f"{name}, {'bf16' if self.bf16 else 'fp32'}"

@@ -144,7 +144,12 @@ class Trainer:
         optim = self.config.optim
         extra = {"betas": tuple(optim.betas)} if optim.betas else {}
         return create_optimizer_v2(
-            self.objective, opt=optim.name, lr=0.0, weight_decay=optim.weight_decay, filter_bias_and_bn=True, **extra,
+            self.objective,
+            opt=optim.name,
+            lr=0.0,
+            weight_decay=optim.weight_decay,
+            filter_bias_and_bn=True,
+            **extra,
             **optim.options,
         )
 
@@ -160,7 +165,9 @@ class Trainer:
             self.data.training, self.data.store, self.data.backgrounds, self.config.data, phase, seed, first
         )
         text = f"phase {phase.name}: {phase.steps} steps, {phase.image_size} px, {phase.context_length} tokens"
-        tqdm.write(f"{text}, batch {phase.batch_size}, peak lr {phase.lr:g}" + (f", from step {first}" if first else ""))
+        tqdm.write(
+            f"{text}, batch {phase.batch_size}, peak lr {phase.lr:g}" + (f", from step {first}" if first else "")
+        )
         forward = torch.compile(self.objective) if self.config.run.compile else self.objective
         with tqdm(total=phase.steps, initial=first, unit="step", desc=phase.name, smoothing=0.05) as bar:
             started, since = time.perf_counter(), first
@@ -190,7 +197,9 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         output["loss"].backward()
         if self.config.optim.grad_clip:
-            output["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.optim.grad_clip)
+            output["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                self.objective.parameters(), self.config.optim.grad_clip
+            )
         optimizer.step()
         self.objective.after_step()
         self.device.end_step()
@@ -201,8 +210,8 @@ class Trainer:
         values = {name: float(value.detach()) for name, value in output.items()}
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
-                f"the loss became {values['loss']} at step {step} of phase {self.config.phases[index].name}: lower its lr or "
-                f"lengthen its warm-up; the last state is in {self.folder.path}"
+                f"the loss became {values['loss']} at step {step} of phase {self.config.phases[index].name}: lower its "
+                f"lr or lengthen its warm-up; the last state is in {self.folder.path}"
             )
         bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{rate:.0f}")
         lr = optimizer.param_groups[0]["lr"]
@@ -219,7 +228,9 @@ class Trainer:
                 self.device.torch_device,
             )  # fmt: skip
             self.results.setdefault(phase, {})[split] = result
-            tqdm.write(f"zero-shot on {split} after {phase} step {step}: top-1 {result.top1:.1%}, top-5 {result.top5:.1%}")
+            tqdm.write(
+                f"zero-shot on {split} after {phase} step {step}: top-1 {result.top1:.1%}, top-5 {result.top5:.1%}"
+            )
             values = {f"zero_shot_{split}_{name}": value for name, value in result.to_dict().items()}
             self.folder.log(self._global_step(index, step), phase=phase, train_seconds=self._seconds, **values)
 

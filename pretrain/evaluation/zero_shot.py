@@ -31,7 +31,13 @@ class ZeroShotResult:
 
     def to_dict(self) -> dict[str, float | int]:
         """For metrics files."""
-        return {"top1": self.top1, "top5": self.top5, "images": self.images, "classes": self.classes, "chance": self.chance}
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "images": self.images,
+            "classes": self.classes,
+            "chance": self.chance,
+        }
 
 
 def class_features(

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 
-def similarity(image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor | float) -> torch.Tensor:
+def similarity(
+    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor | float
+) -> torch.Tensor:
     """(B, B) scaled similarities, image rows and text columns, always in float32 (bfloat16 has 8 bits of mantissa)."""
     with torch.autocast(image_features.device.type, enabled=False):
         return logit_scale * image_features.float() @ text_features.float().T

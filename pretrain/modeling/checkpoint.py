@@ -109,7 +109,9 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> I
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     except Exception as error:  # open_clip raises many types for damaged files and shapes that do not fit
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder} cannot be loaded ({reason}); its configuration and weights must belong together") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({reason}); its configuration and weights must belong together"
+        ) from error
     preprocess = config.get("preprocess_cfg", {})
     size = preprocess.get("size", config["model_cfg"]["vision_cfg"].get("image_size", 224))
     return ImageTextModel(

@@ -45,7 +45,9 @@ def native_image_size(timm_model: str) -> int:
     default = timm.models.get_pretrained_cfg(timm_model) if timm.is_model(timm_model) else None
     if default is None:
         near = timm.list_models(f"*{timm_model.split('_')[1] if '_' in timm_model else timm_model}*gap*")[:5]
-        raise ConfigError(f"model.image.timm_model: timm has no model {timm_model!r}; near ones: {', '.join(near) or '-'}")
+        raise ConfigError(
+            f"model.image.timm_model: timm has no model {timm_model!r}; near ones: {', '.join(near) or '-'}"
+        )
     return default.input_size[-1]
 
 
@@ -87,7 +89,9 @@ def set_image_size(model: CustomTextCLIP, size: int) -> None:
     trunk = model.visual.trunk
     patch = trunk.patch_embed.patch_size[0]
     if size < 1 or size % patch:
-        raise ValueError(f"image_size {size} is not a multiple of the patch size {patch}: use {size // patch * patch or patch}")
+        raise ValueError(
+            f"image_size {size} is not a multiple of the patch size {patch}: use {size // patch * patch or patch}"
+        )
     prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
     table = resample_grid(trunk.pos_embed.detach(), size // patch, prefix)
     trunk.pos_embed = nn.Parameter(table.clone(), requires_grad=trunk.pos_embed.requires_grad)

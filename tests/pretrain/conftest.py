@@ -75,7 +75,9 @@ def pairs_table(tmp_path_factory) -> Path:
 def run_config(pairs_table, tmp_path) -> Callable[..., PretrainConfig]:
     """A function that makes a small CPU run: `run_config(phases=[…], output="name", run={…}, …)`."""
 
-    def make(phases: list[dict] | None = None, output: str = "run", run: dict | None = None, **sections) -> PretrainConfig:
+    def make(
+        phases: list[dict] | None = None, output: str = "run", run: dict | None = None, **sections
+    ) -> PretrainConfig:
         phase = {"image_size": 32, "context_length": 8, "batch_size": 12, "lr": 1e-3, "warmup_steps": 2}
         node = {
             "model": {
@@ -85,7 +87,13 @@ def run_config(pairs_table, tmp_path) -> Callable[..., PretrainConfig]:
             },
             "data": {"table": str(pairs_table), "unique_by": "concept", "preload": True, "workers": 0},
             "phases": [{**phase, **given} for given in phases or [{"steps": 4}]],
-            "run": {"output": str(tmp_path / output), "device": "cpu", "log_every": 1, "checkpoint_every": 100, **(run or {})},
+            "run": {
+                "output": str(tmp_path / output),
+                "device": "cpu",
+                "log_every": 1,
+                "checkpoint_every": 100,
+                **(run or {}),
+            },
         }
         for name, value in sections.items():
             node[name] = {**node.get(name, {}), **value} if isinstance(value, dict) else value

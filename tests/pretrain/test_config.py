@@ -114,7 +114,13 @@ def test_a_parent_is_merged_and_its_lists_are_replaced(tmp_path, file):
 
 
 def test_overrides_reach_nested_fields_and_list_items(file):
-    overrides = ["phases.0.steps=7", "phases[1].lr=0.5", "run.output=a=b", "data.withhold=null", "optim.betas=[0.9,0.95]"]
+    overrides = [
+        "phases.0.steps=7",
+        "phases[1].lr=0.5",
+        "run.output=a=b",
+        "data.withhold=null",
+        "optim.betas=[0.9,0.95]",
+    ]
     config = load_config(file, overrides)
     assert (config.phases[0].steps, config.phases[0].name, config.phases[1].steps) == (7, "a", 6)
     assert config.phases[1].lr == 0.5 and config.run.output == "a=b" and config.run.seed == 3

@@ -1,4 +1,4 @@
-"""What the README says exists: paths, commands and their options, `make` targets, and the names its Python code uses."""
+"""What the README says exists: paths, commands and their options, `make` targets, and what its Python code imports."""
 
 import ast
 import importlib
@@ -109,6 +109,35 @@ def wrong_commands(text: str) -> list[str]:
     return wrong
 
 
+def wrong_overrides(text: str) -> list[str]:
+    """The `key=value` of commands with a configuration that the configuration does not know."""
+    from pretrain.config import load_config
+
+    loaders = {"tools/pretrain.py": load_config, "tools/train_net.py": tool_function("train_net", "load_config")}
+    wrong = []
+    for tool, *arguments in commands(text):
+        overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+        if tool in loaders and overrides:
+            config = next(a for a, before in zip(arguments[1:], arguments, strict=False) if before == "--config")
+            try:
+                loaders[tool](str(ROOT / config), overrides)
+            except ValueError as error:
+                wrong.append(f"{tool}: {error}")
+    return wrong
+
+
+def tool_function(tool: str, name: str):
+    """A function of a command's file, which is no package."""
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location(f"readme_{tool}", ROOT / "tools" / f"{tool}.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = path
+    return getattr(module, name)
+
+
 def missing_targets(text: str, makefile: str) -> list[str]:
     """`make x` of blocks and backticks without a rule in the Makefile."""
     rules = set(re.findall(r"^([\w-]+)\s*:(?!=)", makefile, re.MULTILINE))
@@ -152,7 +181,8 @@ def has_module(name: str) -> bool:
 
 SAMPLE = """
 See `ovd/detector.py`, `tools/demo.py::main`, `runs/mine/x.csv`, `configs/pretrain/*.yaml`,
-`ovd/{detector,detections}.py`, [licence](LICENSE), [up](#top), [web](https://example.org), `a/b`, `f/c`, `LICENSE`. Run `make test`, then
+`ovd/{detector,detections}.py`, [licence](LICENSE), [up](#top),
+[web](https://example.org), `a/b`, `f/c`, `LICENSE`. Run `make test`, then
 `python tools/demo.py --input a.jpg`.
 ```bash
 make demo   # all
@@ -172,7 +202,7 @@ detector = OpenVocabularyDetector.from_pretrained("mini")
 
 def test_a_correct_text_has_no_faults():
     assert missing_paths(SAMPLE) == [] and wrong_commands(SAMPLE) == [] and python_faults(SAMPLE) == []
-    assert missing_targets(SAMPLE, (ROOT / "Makefile").read_text()) == []
+    assert missing_targets(SAMPLE, (ROOT / "Makefile").read_text()) == [] and wrong_overrides(SAMPLE) == []
     assert len(commands(SAMPLE)) == 4 and commands(SAMPLE)[1] == [
         "tools/prepare_data.py", "mini", "--root", "data/mini", "--full",
     ]  # fmt: skip
@@ -192,13 +222,6 @@ python tools/demo.py --input a --vocabluary b
 python tools/prepare_data.py mini --seeds 3
 python tools/pretrain.py --config=configs/none.yaml
 ```
-```python
-from ovd import Nothing
-import pretrain.nothing
-```
-```python
-x = (
-```
 """
     assert missing_paths(text) == [
         "ovd/nothing.py", "configs/ovd/*.toml", "CONTRIBUTING_NOT.md", "docs/none.md", "assets/none.png",
@@ -210,7 +233,22 @@ x = (
         "tools/prepare_data.py: no option --seeds",
         "tools/pretrain.py: no configuration file configs/none.yaml",
     ]
-    faults = python_faults(text)
+    text = "`python tools/pretrain.py --config configs/pretrain/reclip_mini.yaml run.devise=cpu run.output=runs/x`"
+    assert len(wrong_overrides(text)) == 1 and "run.devise" in wrong_overrides(text)[0]
+    text = "`python tools/train_net.py --config configs/ovd/mini_lvis.py train.max_itre=1`"
+    assert len(wrong_overrides(text)) == 1 and "max_iter" in wrong_overrides(text)[0]
+
+
+def test_faults_of_python_examples_are_found():
+    faults = python_faults("""
+```python
+from ovd import Nothing
+import pretrain.nothing
+```
+```python
+x = (
+```
+""")
     assert faults[:2] == ["ovd has no Nothing", "no module pretrain.nothing"] and "never closed" in faults[2]
 
 
@@ -225,7 +263,7 @@ def test_every_path_in_the_readme_exists(readme):
 
 
 def test_every_command_in_the_readme_is_one_the_tools_understand(readme):
-    assert wrong_commands(readme) == []
+    assert wrong_commands(readme) == [] and wrong_overrides(readme) == []
 
 
 def test_every_make_target_in_the_readme_exists(readme):

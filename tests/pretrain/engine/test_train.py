@@ -12,9 +12,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from pretrain.config import ConfigError, config_from_dict, load_config, to_yaml
+from pretrain.config import ConfigError, load_config, to_yaml
 from pretrain.data.folder import read_table
-from pretrain.engine import train as engine
 from pretrain.engine.train import Trainer, load_data
 from pretrain.modeling.checkpoint import WEIGHTS_FILE, load_checkpoint
 
@@ -70,7 +69,8 @@ def straight(run_config):
 def test_a_run_leaves_a_folder_that_explains_itself(straight):
     folder = Path(straight.run.output)
     assert sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) == [
-        "about.json", "checkpoint", "command.txt", "config.yaml", "metrics.jsonl", "state.pt", "summary.md", "tensorboard",
+        "about.json", "checkpoint", "command.txt", "config.yaml", "metrics.jsonl", "state.pt", "summary.md",
+        "tensorboard",
     ]  # fmt: skip
     assert load_config(folder / "config.yaml") == straight
     about = json.loads((folder / "about.json").read_text())
@@ -104,15 +104,24 @@ def test_a_phase_changes_image_and_text_lengths(run_config):
     assert [s[4] for s in seen] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4, 5e-4, 1e-3, 1e-3])  # its own warm-up each
 
 
-def test_it_learns_a_small_set_and_knows_unseen_drawings(run_config):
-    phases = [{"steps": 90, "image_size": 32, "context_length": 6, "lr": 3e-3, "warmup_steps": 10}]
-    config = run_config(phases, run={"log_every": 10}, evaluation={"splits": ["val"]})
+def test_it_learns_a_small_set_and_knows_unseen_drawings(run_config, tmp_path):
+    (tmp_path / "white").mkdir()
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "white" / "white.png")
+    mild = {
+        "rotation": 5.0, "colour": 0.0, "grey_probability": 0.0, "cutout_scale": [0.8, 1.0],
+        "photo_background_probability": 1.0,
+    }  # fmt: skip
+    config = run_config(
+        [{"steps": 300, "image_size": 32, "context_length": 6, "lr": 1e-3, "warmup_steps": 10}],
+        run={"log_every": 10}, data={"augmentation": mild, "backgrounds": str(tmp_path / "white")},
+    )  # fmt: skip
     trainer = Trainer(config)
     trainer.train()
     lines = [line for line in metrics(config.run.output) if "loss" in line]
-    assert abs(lines[0]["loss"] - math.log(12)) < 1.5  # where it starts: no information
-    assert lines[-1]["batch_accuracy"] > 0.9 and lines[-1]["loss"] < 0.5
-    assert trainer.results["main"]["val"].top1 > 0.7  # chance is 1/12
+    last = lines[-3:]
+    assert lines[0]["loss"] > math.log(12) / 2  # where it starts, nothing is known: log(12) for 12 pairs
+    assert sum(line["batch_accuracy"] for line in last) / 3 > 0.9 and last[-1]["loss"] < 0.5
+    assert trainer.results["main"]["val"].top1 > 0.7  # drawings of a size it never saw; chance is 1/12
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5])
@@ -164,7 +173,9 @@ def test_the_seed_decides_the_run(run_config, straight):
 
 
 def test_an_existing_run_is_not_overwritten(straight):
-    with pytest.raises(ConfigError, match="already holds a run: add --resume to continue it, or set run.output elsewhere"):
+    with pytest.raises(
+        ConfigError, match="already holds a run: add --resume to continue it, or set run.output elsewhere"
+    ):
         Trainer(straight)
 
 
@@ -199,7 +210,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_remedy(run_config):
         return output
 
     trainer._step = step
-    with pytest.raises(FloatingPointError, match="the loss became nan at step 2 of phase hot: lower its lr or lengthen"):
+    with pytest.raises(
+        FloatingPointError, match="the loss became nan at step 2 of phase hot: lower its lr or lengthen"
+    ):
         trainer.train()
     state = torch.load(Path(config.run.output) / "state.pt", weights_only=True)
     assert state["step"] == 1  # the state before the damage is kept
@@ -230,7 +243,9 @@ def test_broken_images_and_empty_captions_are_left_out_counted_and_named(tmp_pat
     data = load_data(run_config(data={"table": write_table(tmp_path, rows), "unique_by": None}))
     assert [row["caption"] for row in data.training] == ["a"]
     notes = "; ".join(data.notes)
-    assert "1 pairs left out: empty caption" in notes and "1 pairs left out, for example: " in notes and "bad.png" in notes
+    assert (
+        "1 pairs left out: empty caption" in notes and "1 pairs left out, for example: " in notes and "bad.png" in notes
+    )
 
 
 def test_nothing_left_to_train_on_is_an_error_with_the_reasons(tmp_path, run_config):
@@ -291,8 +306,3 @@ def test_optimisers_of_the_configuration_exist(run_config, name):
     config = run_config([{"steps": 2}], optim={"name": name})
     Trainer(config).train()
     assert all(math.isfinite(value) for value in losses(config.run.output).values())
-
-
-def test_engine_reads_no_detector_module():
-    assert "ovd" not in Path(engine.__file__).read_text()
-    assert config_from_dict({}).objective == "info_nce"

@@ -44,7 +44,9 @@ def naive_class_features(model, names, templates):
 def test_class_features_equal_a_naive_version_in_any_batching(model):
     naive = naive_class_features(model, NAMES, TEMPLATES)
     for batch_size in (512, 5, 1):
-        torch.testing.assert_close(class_features(model, NAMES, TEMPLATES, CPU, batch_size), naive, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            class_features(model, NAMES, TEMPLATES, CPU, batch_size), naive, atol=1e-5, rtol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -100,7 +102,9 @@ def test_the_models_text_length_and_a_given_tokenizer_are_used(model):
         return tokens
 
     with torch.no_grad():
-        assert torch.equal(class_features(model, NAMES, ["{}"], CPU), class_features(model, NAMES, ["{}"], CPU, 9, tokenizer))
+        assert torch.equal(
+            class_features(model, NAMES, ["{}"], CPU), class_features(model, NAMES, ["{}"], CPU, 9, tokenizer)
+        )
     assert lengths == [8]
 
 

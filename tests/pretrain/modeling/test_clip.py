@@ -61,7 +61,8 @@ def test_token_count_is_the_number_of_patches(model, size):
 
 def test_a_tower_with_fixed_input_size_follows_too():
     config = ModelConfig(
-        image=ImageTowerConfig(timm_model="vit_base_patch16_siglip_gap_224"), text=TextTowerConfig(width=32, heads=2, layers=1)
+        image=ImageTowerConfig(timm_model="vit_base_patch16_siglip_gap_224"),
+        text=TextTowerConfig(width=32, heads=2, layers=1),
     )
     model = build_model(config).eval()
     with pytest.raises(AssertionError):  # timm's own check of this tower: it takes its native size only

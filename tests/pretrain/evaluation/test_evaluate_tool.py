@@ -1,0 +1,92 @@
+"""The command line that evaluates any open_clip folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from pretrain.data.folder import ImageStore, read_table
+from pretrain.evaluation.zero_shot import evaluate_zero_shot
+from pretrain.modeling.checkpoint import CONFIG_FILE, save_checkpoint
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "evaluate.py"
+
+
+@pytest.fixture
+def folder(tmp_path, model, model_config):
+    return save_checkpoint(tmp_path / "checkpoint", model, model_config)
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
+
+
+@torch.no_grad()
+def accuracy_by_open_clip(folder, table, split, template):
+    """Top-1 from open_clip's own loading, tokenizer and classifier; images as PIL squares on white."""
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    preprocess = json.loads((folder / CONFIG_FILE).read_text())["preprocess_cfg"]
+    rows = read_table(table)
+    classes = sorted({row["caption"] for row in rows})
+    classifier = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, classes, [template.format])
+    rows, hits = [row for row in rows if row["split"] == split], 0
+    for row in rows:
+        drawing = Image.open(table.parent / row["image"])
+        white = Image.new("RGB", drawing.size, "white")
+        white.paste(drawing, mask=drawing.getchannel("A"))
+        transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+        feature = model.encode_image(transform(white)[None])
+        hits += classes[int((feature @ classifier).argmax())] == row["caption"]
+    return hits / len(rows)
+
+
+def test_the_result_equals_open_clips_own_with_foreign_normalisation(folder, pairs_table):
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["preprocess_cfg"].update(mean=[0.2, 0.3, 0.9], std=[0.1, 0.5, 0.3])
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    done = run("--checkpoint", folder, "--table", pairs_table, "--split", "train", "--template", "my {}", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["top1"] == pytest.approx(accuracy_by_open_clip(folder, pairs_table, "train", "my {}"))
+    assert (result["images"], result["classes"], result["templates"]) == (36, 12, ["my {}"])
+
+
+def test_a_model_of_open_clips_classic_kind_is_evaluated_too(pairs_table):
+    """Not a CustomTextCLIP, and with a class token: only ours must be average-pooled."""
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
+    rows = read_table(pairs_table)
+    classes, store = sorted({row["caption"] for row in rows}), ImageStore(pairs_table.parent)
+    result = evaluate_zero_shot(model, rows, classes, store, ["{}"], torch.device("cpu"))
+    assert result.images == 48 and 0 <= result.top1 <= result.top5 <= 1
+
+
+def test_the_plain_output_names_accuracy_and_chance(folder, pairs_table):
+    done = run("--checkpoint", folder, "--table", pairs_table, "--split", "val", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "12 images of split val, 12 classes" and second.endswith("chance 8.33%")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"--checkpoint": "nowhere"}, "error: nowhere is not a checkpoint folder"),
+        ({"--table": "nowhere.csv"}, "error: no table of image-text pairs at nowhere.csv"),
+        ({"--split": "test"}, "has no row with split 'test'; its splits: train, val"),
+        ({"--template": "a thing"}, "error: --template 'a thing' has no {}"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(folder, pairs_table, arguments, message):
+    given = {"--checkpoint": folder, "--table": pairs_table, "--split": "val", **arguments}
+    done = run(*(part for item in given.items() for part in item))
+    assert done.returncode == 1 and done.stdout == ""
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
