@@ -25,7 +25,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Any:
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-        raise ConfigError(f"no configuration file {path}" + (f"; did you mean {path.with_name(near[0])}?" if near else ""))
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise ConfigError(f"no configuration file {path}{hint}")
     if path.suffix != ".py":
         raise ConfigError(f"{path} is not a detector configuration: those are Python files below configs/ovd")
     try:

@@ -12,7 +12,7 @@ STATE_FILE = "state.pt"
 
 
 def _on_cpu(value: Any) -> Any:
-    """The same nest of dictionaries and lists with its tensors on the CPU (an XLA tensor loads only beside torch-xla)."""
+    """The same nest of dictionaries and lists, tensors on the CPU (an XLA tensor loads only beside torch-xla)."""
     if isinstance(value, torch.Tensor):
         return value.cpu()
     if isinstance(value, dict):

@@ -4,6 +4,7 @@ Where training starts: (1) the run folder's own state, with --resume; (2) scratc
 """
 
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ class Trainer:
             if state["config"] != self._identity():
                 raise ConfigError(f"{folder} was started with another configuration: restore {folder}/config.yaml")
             self._first_phase, self._first_step = state["phase"], state["step"]
-            for phase, by_split in state["results"].items():
+            for phase, by_split in state.get("results", {}).items():
                 self.results[phase] = {split: ZeroShotResult(**values) for split, values in by_split.items()}
         # Also without a state: a run that ended before its first one is written again from the start.
         trim_metrics(folder / "metrics.jsonl", self._global_step(self._first_phase, self._first_step))
@@ -169,7 +170,11 @@ class Trainer:
             f"{text}, batch {phase.batch_size}, peak lr {phase.lr:g}" + (f", from step {first}" if first else "")
         )
         forward = torch.compile(self.objective) if self.config.run.compile else self.objective
-        with tqdm(total=phase.steps, initial=first, unit="step", desc=phase.name, smoothing=0.05) as bar:
+        # A log file wants a line now and then, a terminal a moving bar.
+        interval = 0.2 if sys.stderr.isatty() else 20.0
+        with tqdm(
+            total=phase.steps, initial=first, unit="step", desc=phase.name, smoothing=0.05, mininterval=interval
+        ) as bar:
             started, since = time.perf_counter(), first
             for step, batch in enumerate(loader, start=first):
                 output = self._step(forward, optimizer, batch, lr_at(step, phase))
@@ -213,7 +218,7 @@ class Trainer:
                 f"the loss became {values['loss']} at step {step} of phase {self.config.phases[index].name}: lower its "
                 f"lr or lengthen its warm-up; the last state is in {self.folder.path}"
             )
-        bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{rate:.0f}")
+        bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{rate:.0f}", refresh=False)
         lr = optimizer.param_groups[0]["lr"]
         self.folder.log(
             self._global_step(index, step), phase=self.config.phases[index].name, lr=lr, pairs_per_second=rate,

@@ -10,7 +10,7 @@ from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import STATE_FILE, load_state, save_state
 from pretrain.modeling.checkpoint import CheckpointError
 
-STATE = {"step": 3, "weights": {"a": torch.arange(4.0)}, "groups": [{"lr": 0.1, "betas": (0.9, 0.99)}], "config": "text"}
+STATE = {"step": 3, "weights": {"a": torch.arange(4.0)}, "groups": [{"lr": 0.1, "betas": (0.9, 0.99)}], "config": "x"}
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):

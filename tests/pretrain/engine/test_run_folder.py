@@ -20,9 +20,10 @@ def test_metrics_go_to_lines_and_to_tensorboard(tmp_path):
 
 def test_trimming_drops_later_steps_and_a_cut_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "loss": 1}\n{"step": 2, "top1": 0}\n{"step": 3}\n{"no": 1}\n{"step": 2, "lo')
+    kept = '{"step": 1}\n{"step": 2, "loss": 1}\n{"step": 2, "top1": 0}\n'
+    path.write_text(kept + '{"step": 3}\n{"no": 1}\n{"step": 2, "lo')
     trim_metrics(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2, "loss": 1}\n{"step": 2, "top1": 0}\n'
+    assert path.read_text() == kept
     trim_metrics(tmp_path / "gone.jsonl", 2)
     assert not (tmp_path / "gone.jsonl").exists()
 
