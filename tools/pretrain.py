@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         trainer = Trainer(load_config(options.config, options.overrides), resume=options.resume)
         folder = trainer.train()
-    except (ConfigError, CheckpointError, FloatingPointError) as error:
+    except (ConfigError, CheckpointError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

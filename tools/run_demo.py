@@ -38,10 +38,10 @@ def step(title: str, *command: str, done: Path | None = None, output: Path | Non
     if result.returncode:
         raise SystemExit(f"make demo stopped: '{title}' failed, see above; run it again after the remedy, it continues")
     if output:
-        from pretrain.engine.run_folder import write_text_atomically
+        from pretrain.atomic import write_atomically
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(output, result.stdout)
+        write_atomically(output, result.stdout)
     print(f"   {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     from ovd.evaluation.results import text_table
-    from pretrain.engine.run_folder import write_text_atomically
+    from pretrain.atomic import write_atomically
 
     started = time.perf_counter()
     train_both(trained=not options.kept_only)
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         "shuffled text: box", "shuffled text: mask",
     ]  # fmt: skip
     table = text_table(head, [row(label, paths[2]) for label, paths in runs.items()])
-    write_text_atomically(Path("demo/table.md"), table)
+    write_atomically(Path("demo/table.md"), table)
     print(f"\n{table}\nOn a vendor whose drawings were never seen; r = classes never trained on by the detector.")
     print("pictures: " + ", ".join(f"demo/{paths[2].name}" for paths in runs.values()) + "   table: demo/table.md")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")

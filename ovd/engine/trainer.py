@@ -28,7 +28,8 @@ from ovd.engine.evaluate import evaluate_detector, results_table
 from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.text.embeddings import embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
-from pretrain.engine.run_folder import RunFolder, write_text_atomically
+from pretrain.atomic import write_atomically
+from pretrain.engine.run_folder import RunFolder
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def check_training_data(cfg: Any, output: Path) -> None:
         novel = {c["id"]: c for c in base_novel_split(LVIS_CATEGORIES)[1]} | novel
     words = [c["name"] for c in training["categories"]]
     report = check_leaks(training, list(novel.values()), words)
-    write_text_atomically(output / "leak_check.json", json.dumps(report.to_dict(), indent=1) + "\n")
+    write_atomically(output / "leak_check.json", json.dumps(report.to_dict(), indent=1) + "\n")
     if not report.ok:
         first = "; ".join(str(f) for f in report.findings[:3])
         raise LeakError(
@@ -184,5 +185,5 @@ def evaluate(cfg: Any, detector_folder: str | Path) -> dict[str, dict[str, dict[
     )  # fmt: skip
     table = results_table(results)
     summary = f"# Detector evaluation\n\n- detector: {detector_folder}\n- data: {cfg.evaluation.annotations}\n\n{table}"
-    write_text_atomically(Path(cfg.train.output) / "summary.md", summary)
+    write_atomically(Path(cfg.train.output) / "summary.md", summary)
     return results

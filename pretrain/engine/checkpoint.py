@@ -1,11 +1,11 @@
 """Resumable training states: one file, complete or absent, loaded without unpickling code."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pretrain.atomic import replacing
 from pretrain.modeling.checkpoint import CheckpointError
 
 STATE_FILE = "state.pt"
@@ -23,13 +23,9 @@ def _on_cpu(value: Any) -> Any:
 
 
 def save_state(folder: Path, state: dict) -> None:
-    """Write the state to a temporary file, flush it to disk, and rename it over the previous one."""
-    temporary = folder / f".{STATE_FILE}.part"
-    with temporary.open("wb") as file:
-        torch.save(_on_cpu(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / STATE_FILE)
+    """Replace the folder's state; a crash at any moment leaves the old one or the new one."""
+    with replacing(folder / STATE_FILE) as temporary:
+        torch.save(_on_cpu(state), temporary)
 
 
 def load_state(folder: Path) -> dict | None:

@@ -16,14 +16,9 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain.atomic import write_atomically
+
 _REPORTED = ("torch", "torchvision", "torch-xla", "timm", "open_clip_torch", "sal-detectron2", "lvis", "numpy")
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is either complete or absent."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def git_revision() -> str:
@@ -71,14 +66,14 @@ class RunFolder:
     def __init__(self, path: str | Path, config: str, data: list[str | Path] = ()):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.path / "config.yaml", config)
+        write_atomically(self.path / "config.yaml", config)
         with (self.path / "command.txt").open("a") as file:  # one line for the start, one for every resumption
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join([Path(sys.executable).name, *sys.argv])}\n")
         about = {
             "git_revision": git_revision(), "environment": describe_environment(),
             "data": {str(p): file_fingerprint(p) for p in data},
         }  # fmt: skip
-        write_text_atomically(self.path / "about.json", json.dumps(about, indent=1) + "\n")
+        write_atomically(self.path / "about.json", json.dumps(about, indent=1) + "\n")
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(self.path / "tensorboard"))
 
@@ -91,7 +86,7 @@ class RunFolder:
 
     def write_summary(self, text: str) -> None:
         """Replace summary.md."""
-        write_text_atomically(self.path / "summary.md", text)
+        write_atomically(self.path / "summary.md", text)
 
     def close(self) -> None:
         """Flush everything."""
@@ -110,4 +105,4 @@ def trim_metrics(path: Path, last_step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    write_text_atomically(path, "".join(line + "\n" for line in kept))
+    write_atomically(path, "".join(line + "\n" for line in kept))

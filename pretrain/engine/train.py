@@ -6,7 +6,7 @@ Where training starts: (1) the run folder's own state, with --resume; (2) scratc
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -122,7 +122,8 @@ class Trainer:
     def _identity(self) -> str:
         """What must not change on resumption: everything but where and how often things are written."""
         keep = [line for line in to_yaml(self.config).splitlines() if not line.startswith("  ")]
-        parts = (self.config.model, self.config.data, self.config.phases, self.config.optim, self.config.run.seed)
+        data = replace(self.config.data, workers=0, preload=False)  # how samples are made, not which
+        parts = (self.config.model, data, self.config.phases, self.config.optim, self.config.run.seed)
         return "\n".join([*keep, *(repr(p) for p in parts)])
 
     def _global_step(self, phase: int, step: int) -> int:
@@ -261,6 +262,8 @@ class Trainer:
 
     def _write_summary(self, checkpoint: Path) -> None:
         lines = ["# Pretraining run", "", *(f"- {note}" for note in self.data.notes)]
+        if self.data.store.broken:
+            lines.append(f"- {self.data.store.broken} reads of broken images, replaced by the next row")
         lines.append(f"- training time: {self._seconds / 60:.1f} minutes on {self.device.describe()}")
         lines += [f"- checkpoint: {checkpoint}", "", "| phase | split | top-1 | top-5 | chance | images | classes |"]
         lines.append("|---|---|---|---|---|---|---|")

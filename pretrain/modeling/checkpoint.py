@@ -6,7 +6,6 @@ A folder holds `open_clip_config.json` and `open_clip_model.safetensors`; `open_
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CustomTextCLIP
 from safetensors.torch import save_file
 from torch import nn
 
+from pretrain.atomic import replacing, write_atomically
 from pretrain.config import ModelConfig
 from pretrain.modeling.clip import open_clip_config, set_context_length, set_image_size
 
@@ -75,15 +75,10 @@ def save_checkpoint(folder: str | Path, model: CustomTextCLIP, config: ModelConf
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if half:
         state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    temporary = folder / f".{WEIGHTS_FILE}.part"
-    save_file(state, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / WEIGHTS_FILE)
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        save_file(state, temporary)
     text = json.dumps({"model_cfg": definition, "preprocess_cfg": preprocess}, indent=1)
-    temporary = folder / f".{CONFIG_FILE}.part"
-    temporary.write_text(text + "\n")
-    os.replace(temporary, folder / CONFIG_FILE)
+    write_atomically(folder / CONFIG_FILE, text + "\n")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""The detector's engine: configs, optimiser, leak check before training, blindness to novel classes, resume, control."""
+"""The detector's engine: configs, optimiser, leak check, blindness to novel classes, resume, control."""
 
 import copy
 import json
@@ -68,8 +68,9 @@ def config(tmp_path, image_text_folder):
     return load_config(
         CONFIG,
         [
-            f"model.image_text={image_text_folder}", f"data.train_annotations={train}", f"data.train.image_root={tmp_path}",
-            f"evaluation.annotations={test}", f"data.test.image_root={tmp_path}", "data.train.workers=0",
+            f"model.image_text={image_text_folder}", f"data.train_annotations={train}",
+            f"evaluation.annotations={test}", f"data.train.image_root={tmp_path}",
+            f"data.test.image_root={tmp_path}", "data.train.workers=0",
             "data.test.workers=0", "data.train.batch_size=2", "data.train.mapper.image_size=96",
             "data.test.mapper.image_size=96", "model.architecture.image_size=96", "model.architecture.roi_batch_size=8",
             f"train.output={tmp_path}/run", "train.max_iter=4", "train.log_every=1", "train.checkpoint_every=2",

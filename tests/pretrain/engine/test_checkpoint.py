@@ -50,7 +50,7 @@ def test_an_interrupted_write_keeps_the_previous_state(tmp_path, monkeypatch):
     def no_space(descriptor):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", no_space)
+    monkeypatch.setattr("os.fsync", no_space)
     with pytest.raises(OSError):
         save_state(tmp_path, {**STATE, "step": 4})
     assert load_state(tmp_path)["step"] == 3
