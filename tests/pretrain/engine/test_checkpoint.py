@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 
-from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import STATE_FILE, load_state, save_state
 from pretrain.modeling.checkpoint import CheckpointError
 
