@@ -16,7 +16,7 @@ from .common.train import text, train
 
 model.image_text = "runs/pretrain_mini/checkpoint"
 model.architecture.detections_per_image = 100  # a scene holds at most 6 objects; masks are most of the cost
-train.max_iter = 400
+train.max_iter = 300
 
 optimizer = L(build_optimizer)(lr=1e-3, backbone_lr_factor=0.2, weight_decay=0.05)
 schedule = L(warmup_cosine)(max_iter="${train.max_iter}", warmup_iters=30)

@@ -19,15 +19,15 @@ from ovd.modeling.box_head import TextBoxPredictor, build_box_head, build_mask_h
 from ovd.modeling.proposals import build_rpn
 from ovd.modeling.roi_heads import OpenVocabularyROIHeads, RegionScores
 from ovd.modeling.text_classifier import TextClassifier
-from ovd.modeling.vlm_head import ImageTextHead
+from ovd.modeling.vlm_head import CropTextHead, ImageTextHead
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 
-VLM_MODES = ("backbone", "frozen_copy", "off")
+VLM_MODES = ("backbone", "frozen_copy", "crops", "off")
 
 
 @dataclass
 class DetectorConfig:
-    """Everything, besides the image-text model, that a detector is rebuilt from. Defaults are the miniature's.
+    """Everything, besides the image-text model, that a detector is rebuilt from. Sizes default to the miniature's.
 
     Attributes:
         image_size: side in pixels of the pictures that the detector is made for.
@@ -47,9 +47,11 @@ class DetectorConfig:
         learn_classifier_scale: train that factor.
         background_weight: weight of background regions in the classification loss.
         vlm_mode: map for the image-text score: "backbone" (the detector's own), "frozen_copy" (a copy of the
-            pretrained tower with windows in all blocks but the last), "off" (no fusion).
+            pretrained tower with windows in all blocks but the last), "crops" (no map: the pretrained tower on each
+            proposal's own crop, as in ViLD), "off" (no fusion).
         vlm_scale: factor on the image-text cosine; None takes exp(logit_scale) of the image-text model.
         vlm_output_size: side of the grid averaged in a region.
+        vlm_crop_size: side in pixels of the crops of "crops".
         vlm_box_scale: factor on the region for the image-text score.
         alpha, beta: fusion weights of the image-text score for base and novel classes.
         objectness_delta: exponent of the objectness factor.
@@ -79,6 +81,7 @@ class DetectorConfig:
     vlm_mode: str = "backbone"
     vlm_scale: float | None = None
     vlm_output_size: int = 7
+    vlm_crop_size: int = 96
     vlm_box_scale: float = 1.0
     alpha: float = 0.35
     beta: float = 0.65
@@ -228,6 +231,8 @@ def _build_image_text_head(config: DetectorConfig, image_text: ImageTextModel) -
     scale = config.vlm_scale
     if scale is None:
         scale = float(image_text.model.logit_scale.detach().exp())
+    if config.vlm_mode == "crops":
+        return CropTextHead(visual, image_text.embed_dim, scale, config.vlm_crop_size, config.vlm_box_scale)
     return ImageTextHead(visual, image_text.embed_dim, scale, config.vlm_output_size, config.vlm_box_scale, tower)
 
 

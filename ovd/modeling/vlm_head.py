@@ -1,6 +1,7 @@
 """The image-text model as a region classifier: RoIAlign on its last map, its own pooling and projection, its own words.
 
-Source: F-VLM (section 3.3), RO-ViT for plain ViTs with average pooling, DITO for the frozen copy of the tower.
+Source: F-VLM (section 3.3), RO-ViT for plain ViTs with average pooling, DITO for the frozen copy of the tower; ViLD
+for scoring crops.
 This file has nothing to train and no background score: fusion takes the background from the detector.
 """
 
@@ -102,3 +103,53 @@ class ImageTextHead(nn.Module):
     def probabilities(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """Softmax over the vocabulary, (R, 1 + C) with a zero background column 0."""
         return F.pad(self(feature_map, boxes).softmax(dim=-1), (1, 0))
+
+
+def square_boxes(boxes: Tensor, factor: float) -> Tensor:
+    """Squares (N, 4) around xyxy boxes: same centre, side = factor times the longer side."""
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True) / 2 * factor
+    return torch.cat([centre - half, centre + half], dim=1)
+
+
+class CropTextHead(ImageTextHead):
+    """Score each region by the whole pretrained tower on the region's own square crop (ViLD, section 3.2).
+
+    Nothing of the surroundings reaches the score, which RoIAlign on the map of a whole scene cannot promise; the price
+    is one small image per proposal. The contract is `ImageTextHead`'s, with the pixels in the place of the map.
+
+    Args:
+        visual: open_clip image tower.
+        embed_dim: width of the joint space.
+        scale: factor on the cosine.
+        crop_size: side in pixels that crops are resized to (anti-aliased), a multiple of the patch size.
+        box_scale: factor on the longer side of the box; a little above 1 keeps thin parts inside.
+        batch_size: crops in one pass of the tower.
+    """
+
+    def __init__(
+        self, visual: nn.Module, embed_dim: int, scale: float, crop_size: int, box_scale: float, batch_size: int = 256
+    ) -> None:
+        super().__init__(visual, embed_dim, scale, box_scale=box_scale)
+        patch = self.stride
+        if crop_size < patch or crop_size % patch:
+            raise ValueError(f"vlm_crop_size {crop_size} is not a multiple of the patch size {patch}; choose one")
+        self.visual = copy.deepcopy(visual)
+        self.visual.set_input_size(crop_size)
+        self.crop_size, self.batch_size = crop_size, batch_size
+        self.requires_grad_(False)
+        self.train(False)
+
+    def feature_map(
+        self, features: dict[str, Tensor], images: Tensor, image_sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """The normalised pixels (B, 3, H, W)."""
+        return images
+
+    def embed_regions(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Normalised joint-space embeddings (R, embed_dim) of B lists of xyxy pixel boxes."""
+        squares = [square_boxes(b, self.box_scale).to(feature_map.dtype) for b in boxes]
+        # An adaptive number of samples a bin is what anti-aliases; outside the picture is the mean colour.
+        crops = roi_align(feature_map, squares, self.crop_size, spatial_scale=1.0, sampling_ratio=-1, aligned=True)
+        parts = [self.visual(part) for part in crops.split(self.batch_size)]
+        return F.normalize(torch.cat(parts).float(), dim=-1)

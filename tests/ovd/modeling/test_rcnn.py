@@ -77,7 +77,7 @@ def test_training_learns_two_pictures(image_text) -> None:
     assert sum(totals[-3:]) / 3 < 0.6 * totals[0]
 
 
-@pytest.mark.parametrize("mode", ["backbone", "frozen_copy"])
+@pytest.mark.parametrize("mode", ["backbone", "frozen_copy", "crops"])
 def test_frozen_weights_stay_bit_identical(image_text, mode: str) -> None:
     model = small_detector(image_text, freeze_backbone=True, vlm_mode=mode).train()
     model.set_text_embeddings(words(3))
@@ -99,7 +99,7 @@ def test_boxes_do_not_depend_on_the_vocabulary(image_text) -> None:
     assert torch.equal(first.boxes, second.boxes) and torch.equal(first.objectness, second.objectness)
 
 
-@pytest.mark.parametrize("mode", ["backbone", "frozen_copy", "off"])
+@pytest.mark.parametrize("mode", ["backbone", "frozen_copy", "crops", "off"])
 def test_permuting_the_vocabulary_permutes_the_scores(image_text, mode: str) -> None:
     model, inputs, order = small_detector(image_text, vlm_mode=mode).eval(), picture(), torch.tensor([3, 0, 4, 1, 2])
     is_base = torch.tensor([True, False, True, False, False])
@@ -213,4 +213,5 @@ def test_lazy_config_builds_the_detector(image_text_folder) -> None:
         config, ["model.architecture.pyramid_channels=16", "model.architecture.alpha=0.1"]
     )
     model = instantiate(config.model)
-    assert model.architecture == DetectorConfig(pyramid_channels=16, alpha=0.1)
+    crops = {"vlm_mode": "crops", "vlm_crop_size": 64, "vlm_box_scale": 1.1}  # the config's own choice
+    assert model.architecture == DetectorConfig(pyramid_channels=16, alpha=0.1, **crops)

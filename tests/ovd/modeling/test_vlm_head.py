@@ -1,10 +1,11 @@
 """The image-text model's score of a region."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from ovd.modeling.backbone import WindowedViT
-from ovd.modeling.vlm_head import ImageTextHead, shrink_boxes
+from ovd.modeling.vlm_head import CropTextHead, ImageTextHead, shrink_boxes, square_boxes
 
 
 @torch.no_grad()
@@ -51,3 +52,41 @@ def test_nothing_is_trainable_and_it_stays_in_evaluation_mode(image_text) -> Non
     head = ImageTextHead(visual, 64, 100.0, tower=WindowedViT(visual.trunk, 160, frozen=True)).train()
     assert not any(parameter.requires_grad for parameter in head.parameters())
     assert not any(module.training for module in head.modules())
+
+
+@torch.no_grad()
+def test_a_crop_of_the_whole_image_is_exactly_the_image_embedding(image_text) -> None:
+    images = torch.randn(2, 3, 160, 160)
+    head = CropTextHead(image_text.model.visual, 64, scale=100.0, crop_size=160, box_scale=1.0)
+    box = torch.tensor([[0.0, 0.0, 160.0, 160.0]])
+    regions = head.embed_regions(head.feature_map({}, images, [(160, 160)] * 2), [box, box])
+    torch.testing.assert_close(regions, F.normalize(image_text.model.encode_image(images), dim=-1))
+
+
+@torch.no_grad()
+def test_a_crop_does_not_see_its_surroundings(image_text) -> None:
+    head = CropTextHead(image_text.model.visual, 64, scale=100.0, crop_size=64, box_scale=1.0, batch_size=1)
+    image = torch.randn(1, 3, 128, 128)
+    elsewhere = image.clone()
+    elsewhere[..., 80:, :] = 5.0
+    box = [torch.tensor([[8.0, 8.0, 72.0, 72.0], [0.0, 0.0, 64.0, 64.0]])]
+    assert torch.equal(head.embed_regions(image, box), head.embed_regions(elsewhere, box))
+
+
+@torch.no_grad()
+def test_crops_are_anti_aliased(image_text) -> None:
+    head = CropTextHead(image_text.model.visual, 64, scale=100.0, crop_size=32, box_scale=1.0)
+    stripes = torch.zeros(1, 3, 128, 128)
+    stripes[..., ::2] = 2.0  # at a quarter of the size only their mean, 1, may remain
+    box = [torch.tensor([[0.0, 0.0, 128.0, 128.0]])]
+    flat = head.embed_regions(torch.ones(1, 3, 128, 128), box)
+    assert F.cosine_similarity(head.embed_regions(stripes, box), flat).item() > 0.999
+
+
+def test_squares_keep_the_centre_and_the_longer_side() -> None:
+    assert square_boxes(torch.tensor([[10.0, 20.0, 30.0, 60.0]]), 1.5).tolist() == [[-10.0, 10.0, 50.0, 70.0]]
+
+
+def test_a_crop_size_that_is_no_multiple_of_the_patch_is_refused(image_text) -> None:
+    with pytest.raises(ValueError, match="not a multiple of the patch size 16"):
+        CropTextHead(image_text.model.visual, 64, 100.0, crop_size=50, box_scale=1.0)
