@@ -4,7 +4,6 @@ Every stage is one of this folder's other commands, printed before it runs; a fi
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -45,19 +44,6 @@ def step(title: str, *command: str, done: Path | None = None, output: Path | Non
     print(f"   {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def novel_scenes() -> tuple[list[str], list[str]]:
-    """Test pictures with the most novel objects, and the novel names in the test set (words of the demo)."""
-    truth = json.loads(Path("data/mini/mini_lvis_test.json").read_text())
-    novel = {c["id"]: c["name"].split("_(")[0].replace("_", " ") for c in truth["categories"] if c["frequency"] == "r"}
-    count: dict[int, int] = {}
-    for annotation in truth["annotations"]:
-        if annotation["category_id"] in novel:
-            count[annotation["image_id"]] = count.get(annotation["image_id"], 0) + 1
-    best = sorted(count, key=lambda image: (-count[image], image))[:PICTURES]
-    files = {image["id"]: image["file_name"] for image in truth["images"]}
-    return [f"data/mini/{files[image]}" for image in best], sorted(novel.values())
-
-
 def train_both(trained: bool) -> None:
     """Build the data and train both halves with the preset for two cores."""
     step("data", "tools/prepare_data.py", "mini")
@@ -85,28 +71,18 @@ def measure(label: str, towers: Path, detector: Path, run: Path) -> None:
         f"zero-shot, {label}", "tools/evaluate.py", "--checkpoint", str(towers), "--split", "test", "--json",
         output=run / "zero_shot.json",
     )  # fmt: skip
-    if not (run / "evaluation").exists():
-        step(
-            f"LVIS evaluation, {label}", "tools/train_net.py", "--config", DETECTOR, "--eval-only",
-            "--detector", str(detector), f"train.output={run}",
-        )  # fmt: skip
-    pictures, words = novel_scenes()
+    step(
+        f"LVIS evaluation, {label}", "tools/train_net.py", "--config", DETECTOR, "--eval-only",
+        "--detector", str(detector), f"train.output={run}", done=run / "summary.md",
+    )  # fmt: skip
+    from ovd.showcase import novel_scenes, write_grid
+
+    pictures, words = novel_scenes("data/mini/mini_lvis_test.json", "data/mini", PICTURES)
     step(
         f"pictures, {label}: words that were never trained on", "tools/demo.py", "--input", *pictures,
         "--vocabulary", ", ".join(words), "--weights", str(detector), "--output", f"demo/{run.name}",
     )  # fmt: skip
-
-
-def row(label: str, run: Path) -> list[str]:
-    """One line of the table from a run's files."""
-    zero_shot = json.loads((run / "zero_shot.json").read_text())
-    cells = [label, f"{zero_shot['top1']:.1%} / {zero_shot['top5']:.1%} ({zero_shot['chance']:.2%})"]
-    for name in ("model", "shuffled_text"):
-        metrics = json.loads((run / "evaluation" / name / "metrics.json").read_text())["metrics"]
-        for task in ("bbox", "segm"):
-            values = [metrics[task].get(key) for key in ("AP", "APr", "APc", "APf")]
-            cells.append(" / ".join("n/a" if v is None else f"{100 * v:.1f}" for v in values))
-    return cells
+    write_grid(f"demo/{run.name}", f"demo/{run.name}.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kept-only", action="store_true", help="no training: only the weights in the repository")
     options = parser.parse_args(arguments)
 
-    from ovd.evaluation.results import text_table
+    from ovd.showcase import table
     from pretrain.atomic import write_atomically
 
     started = time.perf_counter()
@@ -125,14 +101,12 @@ def main(arguments: list[str] | None = None) -> int:
         runs["kept weights"] = (KEPT / "image_text", KEPT, KEPT_RUN)
     for label, paths in runs.items():
         measure(label, *paths)
-    head = [
-        "weights", "zero-shot top-1 / top-5 (chance)", "box AP / APr / APc / APf", "mask AP / APr / APc / APf",
-        "shuffled text: box", "shuffled text: mask",
-    ]  # fmt: skip
-    table = text_table(head, [row(label, paths[2]) for label, paths in runs.items()])
-    write_atomically(Path("demo/table.md"), table)
-    print(f"\n{table}\nOn a vendor whose drawings were never seen; r = classes never trained on by the detector.")
-    print("pictures: " + ", ".join(f"demo/{paths[2].name}" for paths in runs.values()) + "   table: demo/table.md")
+    text = table({label: paths[2] for label, paths in runs.items()})
+    write_atomically(Path("demo/table.md"), text)
+    print(f"\n{text}\nOn a vendor whose drawings were never seen; r = classes never trained on by the detector.")
+    for _, _, run in runs.values():
+        print(f"pictures: demo/{run.name}.png, and one by one in demo/{run.name}/")
+    print("table:    demo/table.md")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
