@@ -15,7 +15,7 @@ from .common.model import model
 from .common.train import text, train
 
 model.image_text = "runs/pretrain_mini/checkpoint"
-model.architecture.detections_per_image = 100  # a scene holds at most 6 objects; masks are most of the cost
+model.architecture.detections_per_image = 50  # a scene holds at most 6 objects; masks are most of the cost
 train.max_iter = 300
 
 optimizer = L(build_optimizer)(lr=1e-3, backbone_lr_factor=0.2, weight_decay=0.05)

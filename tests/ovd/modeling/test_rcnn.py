@@ -213,5 +213,5 @@ def test_lazy_config_builds_the_detector(image_text_folder) -> None:
         config, ["model.architecture.pyramid_channels=16", "model.architecture.alpha=0.1"]
     )
     model = instantiate(config.model)
-    crops = {"vlm_mode": "crops", "vlm_crop_size": 64, "vlm_box_scale": 1.1}  # the config's own choice
+    crops = {"vlm_mode": "crops", "vlm_crop_size": 96, "vlm_box_scale": 1.1}  # the config's own choice
     assert model.architecture == DetectorConfig(pyramid_channels=16, alpha=0.1, **crops)
