@@ -19,7 +19,7 @@ TOWERS = Path("runs/pretrain_mini/checkpoint")
 TRAINED = Path("runs/detector_mini")
 KEPT = Path("ovd/weights/mini")
 KEPT_RUN = Path("runs/kept")
-PICTURES = 12
+SCENES, SHOWN = 100, 12  # pictures searched for novel words, and the most confident ones among them
 
 
 def step(title: str, *command: str, done: Path | None = None, output: Path | None = None) -> None:
@@ -77,12 +77,12 @@ def measure(label: str, towers: Path, detector: Path, run: Path) -> None:
     )  # fmt: skip
     from ovd.showcase import novel_scenes, write_grid
 
-    pictures, words = novel_scenes("data/mini/mini_lvis_test.json", "data/mini", PICTURES)
+    pictures, words = novel_scenes("data/mini/mini_lvis_test.json", "data/mini", SCENES)
     step(
         f"pictures, {label}: words that were never trained on", "tools/demo.py", "--input", *pictures,
         "--vocabulary", ", ".join(words), "--weights", str(detector), "--output", f"demo/{run.name}",
     )  # fmt: skip
-    write_grid(f"demo/{run.name}", f"demo/{run.name}.png")
+    write_grid(f"demo/{run.name}", f"demo/{run.name}.png", SHOWN)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,7 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
     write_atomically(Path("demo/table.md"), text)
     print(f"\n{text}\nOn a vendor whose drawings were never seen; r = classes never trained on by the detector.")
     for _, _, run in runs.values():
-        print(f"pictures: demo/{run.name}.png, and one by one in demo/{run.name}/")
+        print(
+            f"pictures: demo/{run.name}.png (the {SHOWN} it is most sure of, right or wrong); all in demo/{run.name}/"
+        )
     print("table:    demo/table.md")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return 0

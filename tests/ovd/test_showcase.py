@@ -37,11 +37,17 @@ def test_the_table_is_in_percent_and_says_where_nothing_was_measured(tmp_path):
     assert cells[4] == "10.0 / n/a / 30.0 / 40.0"
 
 
-def test_the_grid_holds_every_picture_of_the_folder(tmp_path):
+def test_the_grid_holds_the_pictures_with_the_surest_detections(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for i, colour in enumerate(((255, 0, 0), (0, 255, 0))):
+    colours = {0: (255, 0, 0), 1: (0, 255, 0), 2: (0, 0, 255)}
+    for i, colour in colours.items():
         Image.new("RGB", (30, 20), colour).save(folder / f"{i}.png")
-    grid = np.asarray(Image.open(write_grid(folder, tmp_path / "grid.png", columns=2)))
-    found = {tuple(pixel) for pixel in grid.reshape(-1, 3)}
-    assert {(255, 0, 0), (0, 255, 0)} <= found
+    found = {
+        "images": [{"id": i, "file_name": f"somewhere/{i}.jpg"} for i in colours],
+        "annotations": [{"image_id": i, "score": s} for i, s in ((0, 0.4), (2, 0.1), (2, 0.9))],
+    }
+    (folder / "detections.json").write_text(json.dumps(found))
+    grid = np.asarray(Image.open(write_grid(folder, tmp_path / "grid.png", shown=2, columns=2)))
+    seen = {tuple(pixel) for pixel in grid.reshape(-1, 3)}
+    assert colours[0] in seen and colours[2] in seen and colours[1] not in seen

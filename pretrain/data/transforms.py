@@ -1,0 +1,108 @@
+"""Images in and out of the towers: augmentation, evaluation view, normalisation. RGB uint8 everywhere but on the device.
+
+Random draws come from a NumPy generator that the caller seeds per sample, so a sample does not depend on which process
+made it. Down-scaling is always anti-aliased (at RECLIP's sizes it matters more than anything else here).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from PIL import Image, ImageEnhance
+
+from pretrain.config import AugmentationConfig
+
+_EVALUATION_BACKGROUND = (255, 255, 255, 255)
+
+
+def normalise(
+    images: torch.Tensor, mean: Sequence[float] = OPENAI_DATASET_MEAN, std: Sequence[float] = OPENAI_DATASET_STD
+) -> torch.Tensor:
+    """uint8 images (B, 3, H, W) to float32 with zero mean and unit deviation; CLIP's values unless others are given."""
+    mean_311 = torch.tensor(mean, device=images.device).view(3, 1, 1)
+    std_311 = torch.tensor(std, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean_311) / std_311
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB PIL image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def evaluation_view(image: Image.Image, size: int) -> torch.Tensor:
+    """The whole image resized to a square (no crop: RECLIP's family evaluates so); cut-outs on white.
+
+    Returns:
+        uint8 (3, size, size).
+    """
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _EVALUATION_BACKGROUND), image)
+    return to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+class TrainingView:
+    """Make one augmented training image of `size` pixels.
+
+    Args:
+        size: side in pixels.
+        config: strengths.
+        backgrounds: photographs to put behind cut-outs.
+    """
+
+    def __init__(self, size: int, config: AugmentationConfig, backgrounds: Sequence[Image.Image] = ()):
+        self.size, self.config, self.backgrounds = size, config, backgrounds
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        """uint8 (3, size, size) from an RGBA cut-out or an RGB photograph of any size."""
+        placed = self._place(image, rng) if image.mode == "RGBA" else self._crop(image.convert("RGB"), self.config.crop_scale, rng)
+        return to_tensor(self._colour(placed, rng))
+
+    def _place(self, cutout: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """Scale, rotate, flip and shift a cut-out onto a background."""
+        size, config = self.size, self.config
+        scale = rng.uniform(*config.cutout_scale) * size / max(cutout.size)
+        angle = math.radians(rng.uniform(-config.rotation, config.rotation))
+        flip = -1 if config.flip and rng.random() < 0.5 else 1
+        slack = max(0.0, size - scale * max(cutout.size)) / 2
+        centre_x, centre_y = size / 2 + rng.uniform(-slack, slack), size / 2 + rng.uniform(-slack, slack)
+        # Anti-aliasing first, by whole-image reduction; the affine step then never shrinks by more than a little.
+        fitted = cutout.resize([max(1, round(side * scale)) for side in cutout.size], Image.Resampling.BILINEAR)
+        cos, sin = math.cos(angle), math.sin(angle)
+        half_w, half_h = fitted.width / 2, fitted.height / 2
+        inverse = (
+            flip * cos, flip * sin, half_w - flip * (cos * centre_x + sin * centre_y),
+            -sin, cos, half_h + sin * centre_x - cos * centre_y,
+        )  # fmt: skip
+        # Premultiplied alpha ("RGBa"): transparent pixels must not bleed their colour into the edge.
+        moved = fitted.convert("RGBa").transform((size, size), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
+        background = self._background(rng).convert("RGBA")
+        return Image.alpha_composite(background, moved.convert("RGBA")).convert("RGB")
+
+    def _background(self, rng: np.random.Generator) -> Image.Image:
+        if self.backgrounds and rng.random() < self.config.photo_background_probability:
+            photo = self.backgrounds[rng.integers(len(self.backgrounds))]
+            return self._crop(photo, (0.05, 0.6), rng)
+        return Image.new("RGB", (self.size, self.size), tuple(int(c) for c in rng.integers(0, 256, 3)))
+
+    def _crop(self, photo: Image.Image, area: Sequence[float], rng: np.random.Generator) -> Image.Image:
+        """A random crop of the given share of the area and an aspect of 3/4 to 4/3, resized with anti-aliasing."""
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        pixels = photo.width * photo.height * rng.uniform(*area)
+        width = min(photo.width, max(1, round(math.sqrt(pixels * aspect))))
+        height = min(photo.height, max(1, round(math.sqrt(pixels / aspect))))
+        left, top = rng.integers(photo.width - width + 1), rng.integers(photo.height - height + 1)
+        box = (int(left), int(top), int(left) + width, int(top) + height)
+        crop = photo.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+        flip = self.config.flip and rng.random() < 0.5
+        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+
+    def _colour(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        strength = self.config.colour
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            factor = 1 + rng.uniform(-strength, strength)
+            image = enhance(image).enhance(factor)
+        if rng.random() < self.config.grey_probability:
+            image = image.convert("L").convert("RGB")
+        return image

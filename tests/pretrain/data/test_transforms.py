@@ -1,0 +1,111 @@
+"""Image views against PIL, torchvision and hand-made cases."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as tvf
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from PIL import Image
+
+from pretrain.config import AugmentationConfig
+from pretrain.data.transforms import TrainingView, evaluation_view, normalise, to_tensor
+
+STILL = AugmentationConfig(
+    flip=False,
+    cutout_scale=[1.0, 1.0],
+    rotation=0.0,
+    colour=0.0,
+    grey_probability=0.0,
+    photo_background_probability=1.0,
+)
+
+
+def noise(mode: str, width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 4), np.uint8), "RGBA").convert(mode)
+
+
+def test_normalise_equals_torchvision():
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    theirs = tvf.normalize(images.float() / 255, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    torch.testing.assert_close(normalise(images), theirs)
+    halves = tvf.normalize(images.float() / 255, [0.5] * 3, [0.25] * 3)
+    torch.testing.assert_close(normalise(images, [0.5] * 3, [0.25] * 3), halves)
+
+
+def test_evaluation_view_is_anti_aliased_and_takes_the_whole_image():
+    photo = noise("RGB", 90, 60)
+    view = evaluation_view(photo, 20)
+    assert view.dtype == torch.uint8 and view.shape == (3, 20, 20)
+    # An independent anti-aliased bicubic: torch's, on floats; the difference is PIL's rounding between two passes.
+    theirs = torch.nn.functional.interpolate(
+        to_tensor(photo)[None].float(), (20, 20), mode="bicubic", antialias=True, align_corners=False
+    )[0].clamp(0, 255)
+    assert (view.float() - theirs).abs().max() <= 2
+    aliased = torch.nn.functional.interpolate(to_tensor(photo)[None].float(), (20, 20), mode="bicubic")[0]
+    assert (view.float() - aliased).abs().mean() > 20  # without anti-aliasing it would be another image
+
+
+def test_evaluation_view_puts_cutouts_on_white():
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))  # red, but transparent
+    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    view = evaluation_view(image, 8)
+    assert view[:, 4, 0].tolist() == [0, 0, 0] and view[:, 4, 7].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "L"])
+@pytest.mark.parametrize("size", [(1, 1), (300, 2), (2, 300), (40, 30), (32, 32)])
+@pytest.mark.parametrize("side", [16, 64])
+def test_training_views_are_squares_of_bytes(mode, size, side):
+    view = TrainingView(side, AugmentationConfig(), [noise("RGB", 50, 40), noise("RGB", 1, 1)])
+    for seed in range(6):
+        out = view(noise(mode, *size), np.random.default_rng(seed))
+        assert out.shape == (3, side, side) and out.dtype == torch.uint8 and out.is_contiguous()
+
+
+def test_a_training_view_is_a_function_of_image_and_seed():
+    view, image = TrainingView(32, AugmentationConfig()), noise("RGBA", 40, 40)
+    first, again, other = (view(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_without_augmentation_a_cutout_is_its_resized_self_on_the_background():
+    cutout = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    cutout.paste((250, 10, 10, 255), (16, 0, 48, 64))  # its middle half
+    out = TrainingView(32, STILL, [Image.new("RGB", (50, 50), (10, 20, 200))])(cutout, np.random.default_rng(0))
+    assert out[:, :, 10:22].float().mean((1, 2)).tolist() == [250, 10, 10]
+    assert out[:, :, :6].float().mean((1, 2)).tolist() == [10, 20, 200]
+
+
+def test_transparent_pixels_do_not_bleed_their_colour():
+    cutout = Image.new("RGBA", (40, 40), (0, 255, 0, 0))  # transparent green around opaque red
+    cutout.paste((255, 0, 0, 255), (10, 10, 30, 30))
+    config = AugmentationConfig(**{**vars(STILL), "rotation": 30.0, "cutout_scale": [0.5, 0.9]})
+    view = TrainingView(24, config, [Image.new("RGB", (50, 50), (0, 0, 255))])
+    assert max(int(view(cutout, np.random.default_rng(s))[1].max()) for s in range(10)) <= 2
+
+
+def test_flip_mirrors_half_of_the_time():
+    photo = Image.new("RGB", (20, 20), "black")
+    photo.paste("white", (0, 0, 10, 20))
+    config = AugmentationConfig(**{**vars(STILL), "flip": True, "crop_scale": [1.0, 1.0]})
+    lefts = [
+        float(TrainingView(8, config)(photo, np.random.default_rng(s))[:, :, 0].float().mean()) for s in range(100)
+    ]
+    assert 30 < sum(value > 127 for value in lefts) < 70
+
+
+def test_grey_images_have_equal_channels():
+    config = AugmentationConfig(**{**vars(STILL), "grey_probability": 1.0})
+    out = TrainingView(16, config)(noise("RGB", 30, 30), np.random.default_rng(0))
+    assert torch.equal(out[0], out[1]) and torch.equal(out[1], out[2])
+
+
+def test_a_cutout_stays_inside_and_keeps_its_aspect():
+    cutout = Image.new("RGBA", (80, 20), (255, 255, 255, 255))
+    config = AugmentationConfig(**{**vars(STILL), "cutout_scale": [0.5, 0.5]})
+    view = TrainingView(64, config, [Image.new("RGB", (9, 9), "black")])
+    for seed in range(10):
+        seen = np.argwhere(view(cutout, np.random.default_rng(seed))[0].numpy() > 127)
+        height, width = seen.max(0) - seen.min(0) + 1
+        assert abs(width - 32) <= 1 and abs(height - 8) <= 1
