@@ -10,7 +10,6 @@ by `pretrain.data.mini`.
 import csv
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator

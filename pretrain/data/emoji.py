@@ -189,10 +189,14 @@ def render_svg(svg: str, size: int) -> Image.Image:
     """Rasterise an SVG document into a transparent square of `size` pixels (long side fitted)."""
     import resvg_py  # only needed to build the miniature
 
-    return pad_to_square(Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size)))).convert("RGBA"), size)
+    return pad_to_square(
+        Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size)))).convert("RGBA"), size
+    )
 
 
-def match_icons(archives: dict[str, Archive], concepts: list[Concept]) -> Iterator[tuple[Vendor, dict[str, bytes | str]]]:
+def match_icons(
+    archives: dict[str, Archive], concepts: list[Concept]
+) -> Iterator[tuple[Vendor, dict[str, bytes | str]]]:
     """For each vendor in turn: hexcode to drawing source (an SVG document, or the bytes of an image file)."""
     known = {c.hexcode for c in concepts}
     extra: dict[str, set[str]] = {}

@@ -138,7 +138,9 @@ def read_backgrounds(folder: str | None, longest_side: int = 512) -> list[Image.
         return []
     paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
-        raise ConfigError(f"data.backgrounds: no JPEG or PNG in {folder}; `python tools/prepare_data.py mini` makes some")
+        raise ConfigError(
+            f"data.backgrounds: no JPEG or PNG in {folder}; `python tools/prepare_data.py mini` makes some"
+        )
     photos = []
     for path in paths:
         photo = Image.open(path).convert("RGB")

@@ -77,7 +77,9 @@ class BatchPlan:
 class TrainingPairs(Dataset):
     """Augmented pairs by (epoch, row)."""
 
-    def __init__(self, rows: list[dict[str, str]], store: ImageStore, view: TrainingView, config: DataConfig, seed: int):
+    def __init__(
+        self, rows: list[dict[str, str]], store: ImageStore, view: TrainingView, config: DataConfig, seed: int
+    ):
         self._rows, self._store, self._view, self._config, self._seed = rows, store, view, config, seed
 
     def __len__(self) -> int:
@@ -120,7 +122,9 @@ def build_loader(
     groups = None
     if config.unique_by:
         if config.unique_by not in rows[0]:
-            raise ConfigError(f"data.unique_by: the table has no column {config.unique_by!r}; it has {', '.join(rows[0])}")
+            raise ConfigError(
+                f"data.unique_by: the table has no column {config.unique_by!r}; it has {', '.join(rows[0])}"
+            )
         groups = [row[config.unique_by] for row in rows]
     view = TrainingView(phase.image_size, config.augmentation, backgrounds)
     return DataLoader(

@@ -67,8 +67,9 @@ def fetch(package: NpmPackage, folder: Path) -> Path:
     if target.exists() and digest(target) == package.sha512:
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        command = [*npm_command(), "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--silent"]
+    # npm runs in the scratch folder, so its destination must not be relative to ours.
+    with tempfile.TemporaryDirectory(dir=folder.resolve()) as scratch:
+        command = [*npm_command(), "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--loglevel=error"]
         run = subprocess.run([*command, "--pack-destination", scratch], capture_output=True, text=True, cwd=scratch)
         arrived = Path(scratch) / package.file_name
         if run.returncode != 0 or not arrived.exists():

@@ -56,7 +56,11 @@ class TrainingView:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         """uint8 (3, size, size) from an RGBA cut-out or an RGB photograph of any size."""
-        placed = self._place(image, rng) if image.mode == "RGBA" else self._crop(image.convert("RGB"), self.config.crop_scale, rng)
+        placed = (
+            self._place(image, rng)
+            if image.mode == "RGBA"
+            else self._crop(image.convert("RGB"), self.config.crop_scale, rng)
+        )
         return to_tensor(self._colour(placed, rng))
 
     def _place(self, cutout: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -76,7 +80,9 @@ class TrainingView:
             -sin, cos, half_h + sin * centre_x - cos * centre_y,
         )  # fmt: skip
         # Premultiplied alpha ("RGBa"): transparent pixels must not bleed their colour into the edge.
-        moved = fitted.convert("RGBa").transform((size, size), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
+        moved = fitted.convert("RGBa").transform(
+            (size, size), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR
+        )
         background = self._background(rng).convert("RGBA")
         return Image.alpha_composite(background, moved.convert("RGBA")).convert("RGB")
 
