@@ -1,7 +1,8 @@
 """Compose the miniature's detection half: scenes with LVIS annotations, made of the drawings listed in `pairs.csv`.
 
-Classes are the LVIS v1 categories whose name, or else a synonym of theirs alone, is exactly a drawing's label. Train scenes hold base classes drawn by the
-train vendors; validation and test scenes hold base and novel classes, each drawn by a vendor never seen in training.
+Classes are the LVIS v1 categories whose name, or else a synonym of theirs alone, is exactly a drawing's label. Train
+scenes hold base classes drawn by the train vendors; validation and test scenes hold base and novel classes, each drawn
+by a vendor never seen in training.
 Result, below the root: `scenes/<split>/000001.jpg`, `mini_lvis_<split>.json` (file names relative to the root),
 `backgrounds/`, `novel_words.txt`, `scenes_contact_sheet.png`, `scenes/manifest.json`. The drawings themselves are made
 by `pretrain.data.mini`.
@@ -74,7 +75,7 @@ def annotation_path(root: str | Path, split: str) -> Path:
 
 
 def _label_of(categories: list[dict], labels: set[str]) -> dict[int, str]:
-    """The drawing label of each category id: its name, else a synonym that no other category's name or synonym claims."""
+    """The drawing label of each category id: its name, else a synonym that no other category claims."""
     names = {normalise_name(c["name"]) for c in categories}
     owners: dict[str, set[int]] = {}
     for category in categories:

@@ -49,7 +49,8 @@ VENDORS = (
         "train", "CC-BY-4.0", "Twitter and the jdecked/twemoji contributors",
     ),
     _iconify(
-        "openmoji", "1.2.29", "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
+        "openmoji", "1.2.29",
+        "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
         "train", "CC-BY-SA-4.0", "OpenMoji, HfG Schwäbisch Gmünd",
     ),
     _iconify(
@@ -57,7 +58,8 @@ VENDORS = (
         "train", "Apache-2.0", "Google, Noto Emoji (first series)",
     ),
     _iconify(
-        "emojione-v1", "1.2.3", "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==",
+        "emojione-v1", "1.2.3",
+        "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww==",
         "train", "CC-BY-SA-4.0", "Emoji One (first series)",
     ),
     _iconify(

@@ -65,7 +65,8 @@ def withhold_words(rows: list[dict[str, str]], words: Iterable[str]) -> tuple[li
     needles = [p for p in {padded(word) for word in words} if p.strip()]
     kept = []
     for row in rows:
-        # Two spaces where one text ends and the next begins: no needle reaches across (keywords "hot|dog" keep "hot dog").
+        # Two spaces where one text ends and the next begins: no needle reaches across (keywords "hot|dog" keep "hot
+        # dog").
         text = "".join(map(padded, [row["caption"], *row.get("keywords", "").split("|")]))
         if not any(needle in text for needle in needles):
             kept.append(row)

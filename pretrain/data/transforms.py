@@ -1,4 +1,4 @@
-"""Images in and out of the towers: augmentation, evaluation view, normalisation. RGB uint8 everywhere but on the device.
+"""Images in and out of the towers: augmentation, evaluation view, normalisation. RGB uint8 up to the device.
 
 Random draws come from a NumPy generator that the caller seeds per sample, so a sample does not depend on which process
 made it. Down-scaling is always anti-aliased (at RECLIP's sizes it matters more than anything else here).
