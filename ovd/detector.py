@@ -105,6 +105,7 @@ class OpenVocabularyDetector:
         base_words: Iterable[str] | None = None,
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         embeddings: Tensor | np.ndarray | str | Path | None = None,
+        competitors: bool = True,
     ) -> Vocabulary:
         """Change the words to look for; nothing is trained.
 
@@ -113,11 +114,14 @@ class OpenVocabularyDetector:
             base_words: words to treat as trained on; None takes the categories that the detector was trained on.
             templates: prompts for the text tower.
             embeddings: use these instead of the text tower: (C, D), or a path to a .npy file.
+            competitors: let the categories trained on compete for the scores without being reported, so that a peach
+                is not called a taco for want of a better word. Not with given embeddings.
 
         Returns:
             The vocabulary; labels of detections index its words.
         """
         vocabulary = Vocabulary.parse(words)
+        competitors = competitors and embeddings is None  # a given matrix may come from another text tower
         if isinstance(embeddings, (str, Path)):
             embeddings = load_embeddings(embeddings, len(vocabulary), self.image_text.embed_dim)
         elif embeddings is not None:
@@ -131,9 +135,21 @@ class OpenVocabularyDetector:
         names = self.base_names if base_words is None else base_words
         known = {form for name in names for form in (normalize_word(name), normalize_word(prompt_phrase(name)))}
         is_base = torch.tensor([normalize_word(word) in known for word in vocabulary.words])
-        self.model.set_text_embeddings(embeddings, is_base)
+        others = [n for n in self.base_names if normalize_word(prompt_phrase(n)) not in self._forms(vocabulary)]
+        if competitors and others:
+            rest = embed_vocabulary(Vocabulary.from_words(others), self.image_text, templates)
+            embeddings = torch.cat([embeddings.to(rest), rest])
+            is_base = torch.cat([is_base, torch.ones(len(rest), dtype=torch.bool)])
+        self.model.set_text_embeddings(embeddings, is_base, num_reported=len(vocabulary))
         self.vocabulary = vocabulary
         return vocabulary
+
+    @staticmethod
+    def _forms(vocabulary: Vocabulary) -> set[str]:
+        """The words as compared: plain, and as they stand in a prompt."""
+        return {
+            form for word in vocabulary.words for form in (normalize_word(word), normalize_word(prompt_phrase(word)))
+        }
 
     def predict(
         self, image: Any, score_threshold: float = 0.3, max_detections: int = 100

@@ -116,9 +116,11 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     Training wants an `EventStorage` around it, as all of Detectron2's models do.
     """
 
-    def set_text_embeddings(self, embeddings: Tensor, is_base: Tensor | None = None) -> None:
+    def set_text_embeddings(
+        self, embeddings: Tensor, is_base: Tensor | None = None, num_reported: int | None = None
+    ) -> None:
         """Change the vocabulary; see `OpenVocabularyROIHeads.set_text_embeddings`."""
-        self.roi_heads.set_text_embeddings(embeddings, is_base)
+        self.roi_heads.set_text_embeddings(embeddings, is_base, num_reported)
 
     def forward(self, batched_inputs: list[dict]):
         """Losses in training mode, detections in evaluation mode."""

@@ -72,14 +72,19 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         self.image_text_head = image_text_head
         self.alpha, self.beta, self.objectness_delta = alpha, beta, objectness_delta
         self.max_candidates = max_candidates
+        self.num_reported = 0
         self.register_buffer("is_base", torch.zeros(0, dtype=torch.bool), persistent=False)
 
-    def set_text_embeddings(self, embeddings: Tensor, is_base: Tensor | None = None) -> None:
+    def set_text_embeddings(
+        self, embeddings: Tensor, is_base: Tensor | None = None, num_reported: int | None = None
+    ) -> None:
         """Change the vocabulary.
 
         Args:
             embeddings: (C, D) text embeddings in the joint space.
             is_base: (C,) bool, True for classes trained on; None means all are (as in training).
+            num_reported: only the first so many classes are detected; the others just compete for the scores. None
+                reports all.
         """
         if is_base is None:
             is_base = torch.ones(len(embeddings), dtype=torch.bool)
@@ -91,6 +96,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         if self.image_text_head is not None:
             self.image_text_head.set_text_embeddings(embeddings)
         self.is_base = is_base.bool().to(self.is_base.device)
+        self.num_reported = len(embeddings) if num_reported is None else num_reported
         # Detectron2 marks background regions with this number.
         self.num_classes = self.box_predictor.num_classes
 
@@ -138,6 +144,10 @@ class OpenVocabularyROIHeads(StandardROIHeads):
     def select_detections(self, regions: list[RegionScores]) -> list[Instances]:
         """Fuse the scores, then per-class NMS and the best detections of each picture."""
         scores = [r.fused(self.is_base, self.alpha, self.beta, self.objectness_delta) for r in regions]
+        silent = (
+            torch.arange(len(self.is_base) + 1, device=self.is_base.device) > self.num_reported
+        )  # column 0 is background
+        scores = [s.masked_fill(silent, 0.0) for s in scores]
         predictor = self.box_predictor
         instances, _ = fast_rcnn_inference(
             [r.boxes for r in regions],

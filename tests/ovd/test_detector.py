@@ -75,8 +75,27 @@ def test_base_words_are_recognised_in_the_users_spelling(tmp_path, image_text_fo
     detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
     detector.set_vocabulary("Fire Engine, taco, mouse, CAT")
     assert detector.model.roi_heads.is_base.tolist() == [True, False, True, True]
-    detector.set_vocabulary("cat, taco", base_words=["taco"])
+    detector.set_vocabulary("cat, taco", base_words=["taco"], competitors=False)
     assert detector.model.roi_heads.is_base.tolist() == [False, True]
+
+
+def test_competitors_take_scores_but_are_not_reported(tmp_path, image_text_folder) -> None:
+    saved(tmp_path / "d", image_text_folder)
+    detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
+    picture, base = random_image(160, 160), detector.base_names
+    # The same words with the base classes as ordinary words, of which only the first two are looked at.
+    detector.set_vocabulary(["taco", "koala", *base], competitors=False)
+    everything = detector.predict(picture, score_threshold=0.0, max_detections=300)
+    expected = everything[np.flatnonzero(everything.labels < 2)]
+    detector.set_vocabulary("taco, koala")
+    found = detector.predict(picture, score_threshold=0.0, max_detections=300)
+    assert len(found) > 0 and set(found.names) <= {"taco", "koala"}
+    count = min(len(found), len(expected))  # the limit of detections cuts the two lists at different places
+    np.testing.assert_allclose(found.scores[:count], expected.scores[:count], rtol=1e-5)
+    assert found.labels[:count].tolist() == expected.labels[:count].tolist()
+    detector.set_vocabulary("taco, koala", competitors=False)
+    alone = detector.predict(picture, score_threshold=0.0, max_detections=300)
+    assert alone.scores.max() > found.scores.max()
 
 
 def test_boxes_and_masks_are_in_pixels_of_the_upright_original(tmp_path, image_text_folder) -> None:

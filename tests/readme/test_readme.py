@@ -111,9 +111,10 @@ def wrong_commands(text: str) -> list[str]:
 
 def wrong_overrides(text: str) -> list[str]:
     """The `key=value` of commands with a configuration that the configuration does not know."""
+    from ovd.engine.lazy_config import load_config as load_detector_config
     from pretrain.config import load_config
 
-    loaders = {"tools/pretrain.py": load_config, "tools/train_net.py": tool_function("train_net", "load_config")}
+    loaders = {"tools/pretrain.py": load_config, "tools/train_net.py": load_detector_config}
     wrong = []
     for tool, *arguments in commands(text):
         overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
@@ -124,18 +125,6 @@ def wrong_overrides(text: str) -> list[str]:
             except ValueError as error:
                 wrong.append(f"{tool}: {error}")
     return wrong
-
-
-def tool_function(tool: str, name: str):
-    """A function of a command's file, which is no package."""
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location(f"readme_{tool}", ROOT / "tools" / f"{tool}.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = path
-    return getattr(module, name)
 
 
 def missing_targets(text: str, makefile: str) -> list[str]:
