@@ -63,7 +63,9 @@ def check_training_data(cfg: Any, output: Path) -> None:
     if cfg.data.lvis_ids:
         # Every rare LVIS class counts, not only those that are evaluated.
         novel = {c["id"]: c for c in base_novel_split(LVIS_CATEGORIES)[1]} | novel
-    words = [c["name"] for c in training["categories"]]
+    # Every word whose text is embedded for training, not only the classes' names.
+    synonyms = cfg.text.use_synonyms
+    words = [w for c in training["categories"] for w in (c["name"], *(c.get("synonyms", ()) if synonyms else ()))]
     report = check_leaks(training, list(novel.values()), words)
     write_atomically(output / "leak_check.json", json.dumps(report.to_dict(), indent=1) + "\n")
     if not report.ok:

@@ -185,6 +185,18 @@ def test_novel_negatives_in_the_training_file_are_a_leak_too(config, tmp_path):
         trainer.train(config)
 
 
+def test_a_novel_word_among_a_base_classs_synonyms_is_a_leak_when_synonyms_are_embedded(config, tmp_path):
+    planted = json.loads(Path(config.data.train_annotations).read_text())
+    planted["categories"][0]["synonyms"].append("wolf")
+    path = tmp_path / "synonym.json"
+    path.write_text(json.dumps(planted))
+    config.data.train_annotations = str(path)
+    with pytest.raises(trainer.LeakError, match="wolf"):
+        trainer.check_training_data(config, tmp_path)
+    config.text.use_synonyms = False
+    trainer.check_training_data(config, tmp_path)
+
+
 def test_novel_annotations_that_are_filtered_out_leave_no_trace_in_the_weights(config, tmp_path):
     from ovd.data.lvis import filter_to_base
 
