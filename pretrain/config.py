@@ -23,6 +23,7 @@ class ImageTowerConfig:
 
     timm_model: str = "vit_base_patch16_siglip_gap_224"  # average pooling, no class token
     layer_scale: float | None = None  # initial value where the model has LayerScale; None keeps timm's
+    pool: str = ""  # "": the timm model's own; avg: average over patches (a class token stays, as an unpooled register)
 
 
 @dataclass
@@ -49,7 +50,7 @@ class ModelConfig:
 
 @dataclass
 class CaptionConfig:
-    """How a training caption is made from a row of the table."""
+    """How a training caption is made: one of the sample's captions is drawn, then put into a template."""
 
     templates: list[str] = field(default_factory=lambda: ["{}"])  # one is drawn per sample
     keyword_probability: float = 0.0  # chance to append some of the row's keywords
@@ -71,9 +72,13 @@ class AugmentationConfig:
 
 @dataclass
 class DataConfig:
-    """A CSV or Parquet table with the columns `image` (path) and `caption`, and optionally more."""
+    """Pairs from a CSV or Parquet table with the columns `image` (path) and `caption` or `captions` ("a|b"), or from
+    tar shards."""
 
     table: str = "data/mini/pairs.csv"
+    shards: str | None = None  # trains on tar shards instead: "dir/{00000..00099}.tar", a glob, several joined by "::"
+    caption_keys: list[str] = field(default_factory=lambda: ["txt"])  # of a shard: txt, or fields of KEY.json
+    shuffle_window: int = 65536  # pairs of neighbouring shards that are shuffled together
     root: str | None = None  # what image paths are relative to; None: the table's folder
     train_split: str | None = "train"  # value of the column `split`; None: every row
     withhold: str | None = None  # a file of words, one a line: rows about them are left out (strict open vocabulary)
@@ -86,6 +91,14 @@ class DataConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """What is minimised: a name of pretrain/objectives, and the options that objective declares."""
+
+    name: str = "info_nce"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class PhaseConfig:
     """One stretch of the curriculum: fixed image size and text length, its own optimiser and schedule."""
 
@@ -93,11 +106,15 @@ class PhaseConfig:
     steps: int = 1000
     image_size: int = 64  # pixels, a multiple of the patch size
     context_length: int = 16  # tokens
-    batch_size: int = 256
+    batch_size: int = 256  # pairs of a step, all processes together
+    micro_batch_size: int = 0  # pairs encoded at once in a process: less memory, same gradient; 0: all
     lr: float = 1e-3  # peak
     warmup_steps: int = 100  # linear from 0
     schedule: str = "linear"  # linear or cosine decay to final_lr
     final_lr: float = 0.0
+    token_dropping: str = "none"  # which image tokens are dropped: none, random (FLIP), block or grid
+    keep_tokens: int = 0  # image tokens kept when some are dropped
+    cropped_positions: bool = False  # RO-ViT's cropped position embedding
 
 
 @dataclass
@@ -128,6 +145,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or xla
     precision: str = "auto"  # fp32, bf16, or auto: bf16 where the device has hardware for it
+    parallel: str = "auto"  # one, ddp, fsdp (torchrun); spmd, processes (TPU); auto: ddp under torchrun, spmd on TPU
     compile: bool = False  # torch.compile of the towers
     log_every: int = 20  # steps between reads of the metrics
     checkpoint_every: int = 500  # steps between resumable states
@@ -139,7 +157,7 @@ class PretrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    objective: str = "info_nce"
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     phases: list[PhaseConfig] = field(default_factory=lambda: [PhaseConfig()])
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -225,6 +243,22 @@ def config_from_dict(node: dict) -> PretrainConfig:
     return config
 
 
+def options_from_dict(schema: type, node: dict, where: str) -> Any:
+    """A part of the configuration whose schema is declared elsewhere (an objective's options).
+
+    Raises:
+        ConfigError: for a field that `schema` does not have (the nearest is named), or a value of the wrong type.
+    """
+    _check_names(node, schema, where)
+    return _typed(schema, node, f"{where}.")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        listed = [item or "''" for item in allowed]
+        raise ConfigError(f"{name} is {value!r}: {', '.join(listed[:-1])} or {listed[-1]}")
+
+
 def validate(config: PretrainConfig) -> None:
     """Raise ConfigError for values that cannot work, naming the field."""
     if not config.phases:
@@ -241,17 +275,22 @@ def validate(config: PretrainConfig) -> None:
             )
         if phase.warmup_steps < 0 or phase.lr < 0:
             raise ConfigError(f"{where}: warmup_steps {phase.warmup_steps} and lr {phase.lr} must not be negative")
-        if phase.schedule not in ("linear", "cosine"):
-            raise ConfigError(f"{where}.schedule is {phase.schedule!r}: linear or cosine")
+        _one_of(f"{where}.schedule", phase.schedule, ("linear", "cosine"))
+        _one_of(f"{where}.token_dropping", phase.token_dropping, ("none", "random", "block", "grid"))
+        if (phase.token_dropping != "none") != (phase.keep_tokens > 0):
+            raise ConfigError(
+                f"{where}: keep_tokens {phase.keep_tokens} and token_dropping {phase.token_dropping!r} do not go "
+                "together: give both, or neither"
+            )
     for name in ("log_every", "checkpoint_every"):
         if getattr(config.run, name) < 1:
             raise ConfigError(f"run.{name} is {getattr(config.run, name)}: it must be at least 1 step")
     if not config.data.caption.templates or not config.evaluation.templates:
         raise ConfigError('data.caption.templates and evaluation.templates need at least one template; ["{}"] is plain')
-    if config.run.device not in ("auto", "cpu", "cuda", "xla"):
-        raise ConfigError(f"run.device is {config.run.device!r}: auto, cpu, cuda or xla")
-    if config.run.precision not in ("auto", "fp32", "bf16"):
-        raise ConfigError(f"run.precision is {config.run.precision!r}: auto, fp32 or bf16")
+    _one_of("model.image.pool", config.model.image.pool, ("", "avg"))
+    _one_of("run.device", config.run.device, ("auto", "cpu", "cuda", "xla"))
+    _one_of("run.precision", config.run.precision, ("auto", "fp32", "bf16"))
+    _one_of("run.parallel", config.run.parallel, ("auto", "one", "ddp", "fsdp", "spmd", "processes"))
 
 
 def to_yaml(config: PretrainConfig) -> str:

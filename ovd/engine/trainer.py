@@ -29,7 +29,7 @@ from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.text.embeddings import embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
 from pretrain.atomic import write_atomically
-from pretrain.engine.run_folder import RunFolder
+from pretrain.engine.run_folder import RunFolder, file_fingerprint
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ def train(cfg: Any, resume: bool = False) -> Path:
     image_text_folder = Path(cfg.model.image_text)
     image_text = load_checkpoint(image_text_folder)
     vocabulary = base_vocabulary(cfg, image_text)
-    run = RunFolder(output, OmegaConf.to_yaml(_plain(cfg)), [cfg.data.train_annotations])
+    annotations = cfg.data.train_annotations
+    run = RunFolder(output, OmegaConf.to_yaml(_plain(cfg)), {annotations: file_fingerprint(annotations)})
     run.close()  # Detectron2's writers log from here on
     model: OpenVocabularyRCNN = instantiate(cfg.model).to(device)
     model.set_text_embeddings(vocabulary.embeddings.to(device), torch.ones(len(vocabulary.names), dtype=torch.bool))

@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pretrain.config import ConfigError
+from pretrain.data.jpeg import JpegPicture, open_picture, unreadable, upright
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV or Parquet file with at least the columns `image` and `caption`.
+    """The rows of a CSV or Parquet file with at least the columns `image`, and `caption` or `captions` ("a|b").
+
+    A row with several captions and no `caption` of its own gets the first of them.
 
     Raises:
         ConfigError: if the file is missing, empty or lacks a column.
@@ -31,10 +34,20 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file))
     if not rows:
         raise ConfigError(f"{path} has no rows")
-    missing = {"image", "caption"} - rows[0].keys()
+    several = "captions" in rows[0]
+    missing = {"image"} - rows[0].keys() if several else {"image", "caption"} - rows[0].keys()
     if missing:
         raise ConfigError(f"{path} lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(rows[0])}")
+    if several:
+        for row in rows:
+            row["caption"] = row.get("caption") or next(iter(split_captions(row)), "")
     return rows
+
+
+def split_captions(row: dict[str, str]) -> list[str]:
+    """The captions of a row's column `captions` ("a|b"), or its one `caption`; empty ones are left out."""
+    captions = [caption.strip() for caption in (row.get("captions") or "").split("|")]
+    return [caption for caption in captions if caption] or [c for c in [row.get("caption") or ""] if c.strip()]
 
 
 def select_split(rows: list[dict[str, str]], split: str | None, table: str) -> list[dict[str, str]]:
@@ -53,24 +66,62 @@ def select_split(rows: list[dict[str, str]], split: str | None, table: str) -> l
 
 
 def withhold_words(rows: list[dict[str, str]], words: Iterable[str]) -> tuple[list[dict[str, str]], int]:
-    """Leave out the rows whose caption or keywords contain one of the words (whole words, any case).
+    """Leave out the rows whose caption, captions or keywords contain one of the words (whole words, any case).
 
     Returns:
         The rows that stay, and how many were left out.
     """
+    withheld = WordFilter(words)
+    columns = ("captions", "keywords")
+    kept = [
+        row
+        for row in rows
+        if not withheld.matches([row["caption"], *(t for c in columns for t in (row.get(c) or "").split("|"))])
+    ]
+    return kept, len(rows) - len(kept)
 
-    def padded(text: str) -> str:
+
+class WordFilter:
+    """Finds whole words, in any case, in texts."""
+
+    def __init__(self, words: Iterable[str]):
+        self._needles = [p for p in {self._padded(word) for word in words} if p.strip()]
+
+    @staticmethod
+    def _padded(text: str) -> str:
         return " " + " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split()) + " "
 
-    needles = [p for p in {padded(word) for word in words} if p.strip()]
-    kept = []
-    for row in rows:
+    def matches(self, texts: Iterable[str]) -> bool:
+        """Whether one of the texts has one of the words."""
+        if not self._needles:
+            return False
         # Two spaces where one text ends and the next begins: no needle reaches across (keywords "hot|dog" keep "hot
         # dog").
-        text = "".join(map(padded, [row["caption"], *row.get("keywords", "").split("|")]))
-        if not any(needle in text for needle in needles):
-            kept.append(row)
-    return kept, len(rows) - len(kept)
+        text = "".join(map(self._padded, texts))
+        return any(needle in text for needle in self._needles)
+
+
+class LeftOut:
+    """Counts samples that training could not use, by kind and over all processes; the first one is shown at once."""
+
+    def __init__(self, kinds: Iterable[str]):
+        self._counts = {kind: multiprocessing.Value("q", 0) for kind in kinds}
+
+    def add(self, kind: str, reason: object) -> None:
+        """Count one sample."""
+        count = self._counts[kind]
+        with count.get_lock():
+            count.value += 1
+            first = count.value == 1
+        if first:
+            print(f"left out: {reason}", file=sys.stderr, flush=True)
+
+    def __getitem__(self, kind: str) -> int:
+        return self._counts[kind].value
+
+    def total(self) -> int:
+        """All kinds together."""
+        return sum(count.value for count in self._counts.values())
 
 
 class ImageStore:
@@ -84,7 +135,7 @@ class ImageStore:
     def __init__(self, root: Path, preload: bool = False):
         self._root, self._preload = Path(root), preload
         self._cache: dict[str, np.ndarray] = {}
-        self._broken = multiprocessing.Value("q", 0)  # shared with the processes that load
+        self._left_out = LeftOut(["broken"])
 
     def read(self, name: str) -> Image.Image:
         """RGBA for an image with transparency, RGB otherwise, upright.
@@ -97,26 +148,36 @@ class ImageStore:
         path = self._root / name
         try:
             with Image.open(path) as file:
-                has_alpha = file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info
-                image = ImageOps.exif_transpose(file).convert("RGBA" if has_alpha else "RGB")
+                image = upright(file)
         except Exception as error:  # decoders raise many types
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise OSError(f"{path} cannot be read as an image ({reason})") from error
+            raise unreadable(str(path), error) from error
         if self._preload:
             self._cache[name] = np.asarray(image)
         return image
 
+    def open(self, name: str) -> Image.Image | JpegPicture:
+        """As `read`, but a JPEG is not decoded before its size is known: for pictures that end up small.
+
+        Raises:
+            OSError: as `read`; damage inside a JPEG shows when it is resized.
+        """
+        if self._preload:
+            return self.read(name)
+        path = self._root / name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise unreadable(str(path), error) from error
+        return open_picture(content, str(path))
+
     def count_broken(self, name: str, error: OSError) -> None:
         """Count a read that failed; the first one is shown at once, the sum is in the run's summary."""
-        with self._broken.get_lock():
-            self._broken.value += 1
-            if self._broken.value == 1:
-                print(f"left out: {error}", file=sys.stderr, flush=True)
+        self._left_out.add("broken", error)
 
     @property
     def broken(self) -> int:
         """Reads that failed so far, in all processes."""
-        return self._broken.value
+        return self._left_out["broken"]
 
     def check(self, names: Iterable[str]) -> dict[str, str]:
         """Try to read every image; returns the broken ones with the reason (and fills the cache where it is on)."""
@@ -127,6 +188,30 @@ class ImageStore:
             except OSError as error:
                 broken[name] = str(error)
         return broken
+
+
+class TableSource:
+    """The rows of a table with their images, for training: `read` gives what augmentation needs."""
+
+    def __init__(self, rows: list[dict[str, str]], store: ImageStore):
+        self._rows, self._store = rows, store
+        self.remedy = "check data.root"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int) -> tuple[Image.Image | JpegPicture, dict]:
+        """A picture and its row: `captions` (a list, not empty strings) and what the table has.
+
+        Raises:
+            OSError: if the image cannot be read.
+        """
+        row = self._rows[index]
+        return self._store.open(row["image"]), {**row, "captions": split_captions(row)}
+
+    def count_left_out(self, index: int, error: OSError) -> None:
+        """Count a sample that `read`, or decoding what it gave, refused."""
+        self._store.count_broken(self._rows[index]["image"], error)
 
 
 def read_backgrounds(folder: str | None, longest_side: int = 512) -> list[Image.Image]:

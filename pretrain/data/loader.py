@@ -12,10 +12,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import ConfigError, DataConfig, PhaseConfig
-from pretrain.data.folder import ImageStore
+from pretrain.data.folder import ImageStore, TableSource
+from pretrain.data.shards import ShardOrder, ShardSource
 from pretrain.data.text_augment import training_caption
 from pretrain.data.tokenizer import build_tokenizer
 from pretrain.data.transforms import TrainingView
+
+# Samples in a row that cannot be used before a run stops: by then it is the setting that is wrong, not the samples.
+_MOST_FAILURES = 1000
 
 
 def plan_epoch(size: int, batch_size: int, seed: int, epoch: int, groups: list[str] | None = None) -> list[list[int]]:
@@ -50,11 +54,19 @@ def plan_epoch(size: int, batch_size: int, seed: int, epoch: int, groups: list[s
 
 
 class BatchPlan:
-    """Sampler of (epoch, row) lists from a given step on, for `steps` steps."""
+    """Sampler of (epoch, row) lists from a given step on, for `steps` steps.
 
-    def __init__(self, size: int, batch_size: int, seed: int, first: int, steps: int, groups: list[str] | None):
+    Each of `world` processes gets its part of every batch: the parts of all ranks, in order, are the batch that one
+    process would get.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, first: int, steps: int, groups: list[str] | None,
+        rank: int = 0, world: int = 1,
+    ):  # fmt: skip
         self._arguments = (size, batch_size, seed)
         self._first, self._steps, self._groups = first, steps, groups
+        self._part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._per_epoch = len(plan_epoch(size, batch_size, seed, 0, groups))
         if self._per_epoch == 0:
             kinds = f" of {len(set(groups))} distinct values" if groups else ""
@@ -69,36 +81,54 @@ class BatchPlan:
             batches = plan_epoch(*self._arguments, epoch, self._groups)
             for batch in batches:
                 if self._first <= step < self._steps:
-                    yield [(epoch, row) for row in batch]
+                    yield [(epoch, row) for row in batch[self._part]]
                 step += 1
             epoch += 1
+
+
+class ShardPlan:
+    """As BatchPlan, over shards: starts at any step at once and makes one window of the order at a time."""
+
+    def __init__(self, order: ShardOrder, batch_size: int, first: int, steps: int, rank: int = 0, world: int = 1):
+        self._order, self._batch_size, self._first, self._steps = order, batch_size, first, steps
+        self._part = rank * batch_size // world, (rank + 1) * batch_size // world
+        self._per_epoch = len(order) // batch_size
+        if self._per_epoch == 0:
+            raise ConfigError(f"{len(order)} pairs do not fill one batch of {batch_size}: lower phases.batch_size")
+
+    def __len__(self) -> int:
+        return max(0, self._steps - self._first)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self._first, self._steps):
+            epoch, number = divmod(step, self._per_epoch)
+            start, stop = (number * self._batch_size + edge for edge in self._part)
+            yield [(epoch, row) for row in self._order.rows(epoch, start, stop).tolist()]
 
 
 class TrainingPairs(Dataset):
     """Augmented pairs by (epoch, row)."""
 
-    def __init__(
-        self, rows: list[dict[str, str]], store: ImageStore, view: TrainingView, config: DataConfig, seed: int
-    ):
-        self._rows, self._store, self._view, self._config, self._seed = rows, store, view, config, seed
+    def __init__(self, source: TableSource | ShardSource, view: TrainingView, config: DataConfig, seed: int):
+        self._source, self._view, self._config, self._seed = source, view, config, seed
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._source)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, str]:
-        """An image (3, S, S) and its caption. A broken file is counted and the next row takes its place: a batch keeps
-        its size. OSError if no file can be read."""
+        """An image (3, S, S) and its caption. A pair that cannot be used is counted and the next row takes its place: a
+        batch keeps its size. OSError if none of many rows can be read."""
         epoch, index = key
-        rng = np.random.default_rng([self._seed, epoch, index])
-        for offset in range(len(self._rows)):
-            row = self._rows[(index + offset) % len(self._rows)]
+        attempts = min(len(self._source), _MOST_FAILURES)
+        for row_number in range(index, index + attempts):
+            rng = np.random.default_rng([self._seed, epoch, index])
+            row_number %= len(self._source)
             try:
-                image = self._store.read(row["image"])
+                image, row = self._source.read(row_number)
+                return self._view(image, rng), training_caption(row, self._config.caption, rng)
             except OSError as error:
-                self._store.count_broken(row["image"], error)
-                continue
-            return self._view(image, rng), training_caption(row, self._config.caption, rng)
-        raise OSError(f"none of the {len(self._rows)} images can be read; check data.root")
+                self._source.count_left_out(row_number, error)
+        raise OSError(f"none of {attempts} images in a row can be read; {self._source.remedy}")
 
 
 class _Collate:
@@ -111,27 +141,48 @@ class _Collate:
 
 
 def build_loader(
-    rows: list[dict[str, str]], store: ImageStore, backgrounds: list, config: DataConfig, phase: PhaseConfig,
-    seed: int, first_step: int = 0,
+    rows: list[dict[str, str]] | ShardSource, store: ImageStore | None, backgrounds: list, config: DataConfig,
+    phase: PhaseConfig, seed: int, first_step: int = 0, rank: int = 0, world: int = 1,
 ) -> DataLoader:  # fmt: skip
     """Batches of one phase from `first_step` on: {"image": (B, 3, S, S) uint8, "tokens": (B, L) int64}.
+
+    With several processes each gets its 1/world of every batch. `store` has the images of a table's rows; shards have
+    their own.
 
     Raises:
         ConfigError: if the rows do not fill one batch, or `data.unique_by` names no column.
     """
-    groups = None
-    if config.unique_by:
-        if config.unique_by not in rows[0]:
-            raise ConfigError(
-                f"data.unique_by: the table has no column {config.unique_by!r}; it has {', '.join(rows[0])}"
-            )
-        groups = [row[config.unique_by] for row in rows]
+    if isinstance(rows, ShardSource):
+        plan = _shard_plan(rows, config, phase, seed, first_step, rank, world)
+        source = rows
+    else:
+        groups = _groups(rows, config.unique_by)
+        plan = BatchPlan(len(rows), phase.batch_size, seed, first_step, phase.steps, groups, rank, world)
+        source = TableSource(rows, store)
     view = TrainingView(phase.image_size, config.augmentation, backgrounds)
     return DataLoader(
-        TrainingPairs(rows, store, view, config, seed),
-        batch_sampler=BatchPlan(len(rows), phase.batch_size, seed, first_step, phase.steps, groups),
+        TrainingPairs(source, view, config, seed),
+        batch_sampler=plan,
         num_workers=config.workers,
         collate_fn=_Collate(phase.context_length),
         # Forked workers share the preloaded images; a prefetch of a few batches hides the uneven cost of samples.
         prefetch_factor=4 if config.workers else None,
+        pin_memory=torch.cuda.is_available(),
     )
+
+
+def _groups(rows: list[dict[str, str]], column: str | None) -> list[str] | None:
+    if not column:
+        return None
+    if column not in rows[0]:
+        raise ConfigError(f"data.unique_by: the table has no column {column!r}; it has {', '.join(rows[0])}")
+    return [row[column] for row in rows]
+
+
+def _shard_plan(
+    source: ShardSource, config: DataConfig, phase: PhaseConfig, seed: int, first: int, rank: int, world: int
+) -> ShardPlan:
+    if config.unique_by:
+        raise ConfigError(f"data.unique_by {config.unique_by!r} needs a table: remove it to train on shards")
+    order = ShardOrder(source.sizes, config.shuffle_window, seed)
+    return ShardPlan(order, phase.batch_size, first, phase.steps, rank, world)

@@ -1,13 +1,16 @@
-"""Training captions from a row of the table: a template around the caption, sometimes followed by keywords."""
+"""Training captions from a sample: a template around one of its captions, sometimes followed by keywords."""
 
 import numpy as np
 
 from pretrain.config import CaptionConfig
 
 
-def training_caption(row: dict[str, str], config: CaptionConfig, rng: np.random.Generator) -> str:
-    """One caption; `row` has `caption` and may have `keywords` ("a|b|c")."""
-    caption = config.templates[rng.integers(len(config.templates))].format(row["caption"])
+def training_caption(row: dict, config: CaptionConfig, rng: np.random.Generator) -> str:
+    """One caption; `row` has `captions` (a list, one is drawn) or `caption`, and may have `keywords` ("a|b|c")."""
+    captions = row.get("captions") or [row["caption"]]
+    # No draw where there is no choice: runs on single captions stay what they were.
+    drawn = captions[rng.integers(len(captions))] if len(captions) > 1 else captions[0]
+    caption = config.templates[rng.integers(len(config.templates))].format(drawn)
     keywords = [k for k in (row.get("keywords") or "").split("|") if k]
     if keywords and rng.random() < config.keyword_probability:
         count = min(len(keywords), int(rng.integers(1, config.max_keywords + 1)))

@@ -13,6 +13,7 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image, ImageEnhance
 
 from pretrain.config import AugmentationConfig
+from pretrain.data.jpeg import JpegPicture
 
 _EVALUATION_BACKGROUND = (255, 255, 255, 255)
 
@@ -54,13 +55,13 @@ class TrainingView:
     def __init__(self, size: int, config: AugmentationConfig, backgrounds: Sequence[Image.Image] = ()):
         self.size, self.config, self.backgrounds = size, config, backgrounds
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        """uint8 (3, size, size) from an RGBA cut-out or an RGB photograph of any size."""
-        placed = (
-            self._place(image, rng)
-            if image.mode == "RGBA"
-            else self._crop(image.convert("RGB"), self.config.crop_scale, rng)
-        )
+    def __call__(self, image: Image.Image | JpegPicture, rng: np.random.Generator) -> torch.Tensor:
+        """uint8 (3, size, size) from an RGBA cut-out or an RGB photograph of any size; OSError for a damaged JPEG."""
+        if image.mode == "RGBA":
+            placed = self._place(image, rng)
+        else:
+            photo = image if image.mode == "RGB" else image.convert("RGB")
+            placed = self._crop(photo, self.config.crop_scale, rng)
         return to_tensor(self._colour(placed, rng))
 
     def _place(self, cutout: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -92,7 +93,7 @@ class TrainingView:
             return self._crop(photo, (0.05, 0.6), rng)
         return Image.new("RGB", (self.size, self.size), tuple(int(c) for c in rng.integers(0, 256, 3)))
 
-    def _crop(self, photo: Image.Image, area: Sequence[float], rng: np.random.Generator) -> Image.Image:
+    def _crop(self, photo: Image.Image | JpegPicture, area: Sequence[float], rng: np.random.Generator) -> Image.Image:
         """A random crop of the given share of the area and an aspect of 3/4 to 4/3, resized with anti-aliasing."""
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         pixels = photo.width * photo.height * rng.uniform(*area)
@@ -108,7 +109,8 @@ class TrainingView:
         strength = self.config.colour
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             factor = 1 + rng.uniform(-strength, strength)
-            image = enhance(image).enhance(factor)
+            if factor != 1:
+                image = enhance(image).enhance(factor)
         if rng.random() < self.config.grey_probability:
             image = image.convert("L").convert("RGB")
         return image

@@ -1,7 +1,6 @@
 """Resumable training states: one file, complete or absent, loaded without unpickling code."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,21 +10,14 @@ from pretrain.modeling.checkpoint import CheckpointError
 STATE_FILE = "state.pt"
 
 
-def _on_cpu(value: Any) -> Any:
-    """The same nest of dictionaries and lists, tensors on the CPU (an XLA tensor loads only beside torch-xla)."""
-    if isinstance(value, torch.Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(item) for item in value)
-    return value
-
-
 def save_state(folder: Path, state: dict) -> None:
-    """Replace the folder's state; a crash at any moment leaves the old one or the new one."""
+    """Replace the folder's state; a crash at any moment leaves the old one or the new one.
+
+    Args:
+        state: tensors on the CPU (an XLA tensor loads only beside torch-xla).
+    """
     with replacing(folder / STATE_FILE) as temporary:
-        torch.save(_on_cpu(state), temporary)
+        torch.save(state, temporary)
 
 
 def load_state(folder: Path) -> dict | None:

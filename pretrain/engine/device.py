@@ -2,59 +2,100 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 from pretrain.config import ConfigError
 
 
 class Device:
-    """A device, its precision, and what it needs at the end of a step.
+    """A device, its precision, and what it needs around a step.
 
     Args:
         name: auto (CUDA where there is one, else the CPU), cpu, cuda or xla.
         precision: fp32, bf16, or auto: bf16 on CUDA and XLA hardware that has it, fp32 on the CPU (at the sizes that a
             CPU can train, bfloat16 was measured no faster).
+        parallel: `run.parallel`. On XLA, spmd (and auto, where there are several devices) makes one program of all
+            devices: batches are split over them, the loss is the whole batch's, and no gather is needed.
 
     Raises:
         ConfigError: if the device is not there.
     """
 
-    def __init__(self, name: str = "auto", precision: str = "auto"):
+    def __init__(self, name: str = "auto", precision: str = "auto", parallel: str = "auto"):
         self.kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         if self.kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError("run.device is cuda and PyTorch sees no GPU: use run.device=cpu, or check the driver")
+        self._mesh = None
+        on_tpu = False
         if self.kind == "xla":
-            try:
-                import torch_xla
-            except ImportError as error:
-                raise ConfigError(
-                    "run.device is xla and torch-xla is not installed: pip install 'reclip-ovd[tpu]'"
-                ) from error
-            self._xla = torch_xla
-            self.torch_device = torch_xla.device()
-            on_tpu = torch_xla.runtime.device_type() == "TPU"
+            on_tpu = self._open_xla(parallel)
+        elif parallel in ("spmd", "processes"):
+            raise ConfigError(f"run.parallel is {parallel}, which needs run.device=xla: use ddp or fsdp")
         else:
             self.torch_device = torch.device(self.kind)
-            on_tpu = False
         has_bf16 = on_tpu or (self.kind == "cuda" and torch.cuda.is_bf16_supported())
         self.bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
+
+    def _open_xla(self, parallel: str) -> bool:
+        """Take the XLA device; returns whether it is a TPU."""
+        try:
+            import torch_xla
+            import torch_xla.runtime as xr
+        except ImportError as error:
+            raise ConfigError(
+                "run.device is xla and torch-xla is not installed: pip install 'reclip-ovd[tpu]'"
+            ) from error
+        if parallel in ("ddp", "fsdp"):
+            raise ConfigError(f"run.parallel is {parallel}, which needs CPU or CUDA: use spmd or processes")
+        on_tpu = xr.device_type() == "TPU"
+        if parallel == "spmd" or (parallel == "auto" and on_tpu):
+            import torch_xla.distributed.spmd as xs
+
+            xr.use_spmd()  # must come before the first tensor
+            count = xr.global_runtime_device_count()
+            self._mesh = xs.Mesh(np.arange(count), (count,), ("data",))
+        self._xla = torch_xla
+        self.torch_device = torch_xla.device()
+        return on_tpu
 
     def autocast(self) -> AbstractContextManager:
         """bfloat16 matmuls where the precision asks for them."""
         return torch.autocast(self.torch_device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def move(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy a batch to the device."""
-        return {name: value.to(self.torch_device, non_blocking=True) for name, value in batch.items()}
+        """Copy a batch to the device; under SPMD its rows are spread over all devices."""
+        moved = {name: value.to(self.torch_device, non_blocking=True) for name, value in batch.items()}
+        if self._mesh is not None:
+            import torch_xla.distributed.spmd as xs
 
-    def end_step(self) -> None:
-        """Run what XLA has traced; nothing to do elsewhere."""
+            for value in moved.values():
+                xs.mark_sharding(value, self._mesh, ("data", *[None] * (value.ndim - 1)))
+        return moved
+
+    @property
+    def devices(self) -> int:
+        """How many devices share a batch of this process."""
+        return self._mesh.size() if self._mesh is not None else 1
+
+    def seed(self, *key: int) -> None:
+        """Make what is drawn next on any device a function of `key` alone: resuming needs no saved generator."""
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0])
+        torch.manual_seed(seed)
+        if self.kind == "xla":
+            self._xla.manual_seed(seed)
+
+    def cut(self) -> None:
+        """End a stretch of work: run what XLA has traced so far; nothing to do elsewhere."""
         if self.kind == "xla":
             self._xla.sync()
 
     def describe(self) -> str:
         """For logs: the device's name and the precision."""
-        name = (
-            torch.cuda.get_device_name() if self.kind == "cuda" else f"{self.kind} ({torch.get_num_threads()} threads)"
-        )
+        if self.kind == "cuda":
+            name = torch.cuda.get_device_name()
+        elif self.kind == "xla":
+            name = "xla" if self._mesh is None else f"xla ({self.devices} devices, SPMD)"
+        else:
+            name = f"cpu ({torch.get_num_threads()} threads)"
         return f"{name}, {'bf16' if self.bf16 else 'fp32'}"

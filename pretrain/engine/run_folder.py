@@ -60,10 +60,10 @@ class RunFolder:
     Args:
         path: created if absent.
         config: the resolved configuration as text.
-        data: files whose fingerprints identify the data.
+        data: what identifies the data: fingerprints by name (`file_fingerprint` for a file).
     """
 
-    def __init__(self, path: str | Path, config: str, data: list[str | Path] = ()):
+    def __init__(self, path: str | Path, config: str, data: dict[str, str] | None = None):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "config.yaml", config)
@@ -71,7 +71,7 @@ class RunFolder:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join([Path(sys.executable).name, *sys.argv])}\n")
         about = {
             "git_revision": git_revision(), "environment": describe_environment(),
-            "data": {str(p): file_fingerprint(p) for p in data},
+            "data": data or {},
         }  # fmt: skip
         write_atomically(self.path / "about.json", json.dumps(about, indent=1) + "\n")
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)

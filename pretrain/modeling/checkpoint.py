@@ -2,26 +2,34 @@
 
 A folder holds `open_clip_config.json` and `open_clip_model.safetensors`; `open_clip.create_model_and_transforms(
 "local-dir:FOLDER")` reads it without this package. Reading accepts any such folder, not only ours.
+
+open_clip builds timm's image towers at one size each (the native one), so `open_clip_model.safetensors` is always at
+that size. Towers trained last at another size have their own position table beside it, in a file that only this package
+reads: here they come back as they were, elsewhere with resampled positions.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import open_clip
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CustomTextCLIP
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.atomic import replacing, write_atomically
 from pretrain.config import ModelConfig
-from pretrain.modeling.clip import open_clip_config, set_context_length, set_image_size
+from pretrain.modeling.clip import open_clip_config, set_image_size
+from pretrain.modeling.position_embedding import resample_grid
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+POSITIONS_FILE = "image_positions.safetensors"
+_POSITIONS = "visual.trunk.pos_embed"
 
 
 class CheckpointError(ValueError):
@@ -39,6 +47,7 @@ class ImageTextModel:
     std: tuple[float, float, float]
     embed_dim: int
     fingerprint: str  # SHA-256 of the weights file
+    preprocess: dict = field(default_factory=dict)  # open_clip's PreprocessCfg, its defaults filled in
 
 
 def fingerprint(path: Path) -> str:
@@ -51,23 +60,15 @@ def save_checkpoint(folder: str | Path, model: CustomTextCLIP, config: ModelConf
     """Write the towers as a checkpoint folder; each file is complete or absent.
 
     Args:
-        folder: created if absent; its two files are replaced.
+        folder: created if absent; its files are replaced.
         model: the towers, at any image size and text length.
         config: what `build_model` made them from.
         half: store float16 (half the size; loaded back as float32).
-
-    Raises:
-        CheckpointError: if the image tower is not at its native size (open_clip builds it at that size only).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     definition = open_clip_config(config)
-    native, current = definition["vision_cfg"]["image_size"], model.visual.image_size[0]
-    if native != current:
-        raise CheckpointError(
-            f"the image tower is at {current} px, and open_clip builds {config.image.timm_model} at {native} px: make "
-            f"image_size {native} the last phase's, or call set_image_size first"
-        )
+    native = definition["vision_cfg"]["image_size"]
     preprocess = {
         "mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD), "size": native, "mode": "RGB",
         "interpolation": "bicubic", "resize_mode": "squash",
@@ -75,10 +76,21 @@ def save_checkpoint(folder: str | Path, model: CustomTextCLIP, config: ModelConf
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if half:
         state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    size, trunk, own_table = model.visual.image_size[0], model.visual.trunk, state[_POSITIONS]
+    if size != native:
+        prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+        grid = native // trunk.patch_embed.patch_size[0]
+        state[_POSITIONS] = resample_grid(own_table.float(), grid, prefix).to(own_table.dtype)
     with replacing(folder / WEIGHTS_FILE) as temporary:
         save_file(state, temporary)
-    text = json.dumps({"model_cfg": definition, "preprocess_cfg": preprocess}, indent=1)
-    write_atomically(folder / CONFIG_FILE, text + "\n")
+    if size != native:
+        belongs_to = {"weights_sha256": fingerprint(folder / WEIGHTS_FILE)}
+        with replacing(folder / POSITIONS_FILE) as temporary:
+            save_file({_POSITIONS: own_table}, temporary, belongs_to)
+    else:
+        (folder / POSITIONS_FILE).unlink(missing_ok=True)
+    definition = {"model_cfg": definition, "preprocess_cfg": preprocess, "trained_image_size": size}
+    write_atomically(folder / CONFIG_FILE, json.dumps(definition, indent=1) + "\n")  # last: it makes the folder valid
     return folder
 
 
@@ -109,6 +121,10 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> I
         ) from error
     preprocess = config.get("preprocess_cfg", {})
     size = preprocess.get("size", config["model_cfg"]["vision_cfg"].get("image_size", 224))
+    weights_fingerprint = fingerprint(weights)
+    if config.get("trained_image_size", size) != size:
+        size = config["trained_image_size"]
+        _restore_positions(folder / POSITIONS_FILE, model, size, weights_fingerprint)
     return ImageTextModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -116,11 +132,19 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> I
         mean=tuple(preprocess.get("mean", OPENAI_DATASET_MEAN)),
         std=tuple(preprocess.get("std", OPENAI_DATASET_STD)),
         embed_dim=config["model_cfg"]["embed_dim"],
-        fingerprint=fingerprint(weights),
+        fingerprint=weights_fingerprint,
+        preprocess={**model.visual.preprocess_cfg, "size": model.visual.image_size},
     )
 
 
-def restore_full_shape(model: CustomTextCLIP, config: ModelConfig) -> None:
-    """Bring towers back to the native image size and full text length, as a checkpoint folder holds them."""
-    set_image_size(model, open_clip_config(config)["vision_cfg"]["image_size"])
-    set_context_length(model, config.text.context_length)
+def _restore_positions(path: Path, model: nn.Module, size: int, weights_fingerprint: str) -> None:
+    """Give the image tower the size and position table that it was trained with last."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing (the towers were trained at {size} px): copy the whole folder again")
+    with safe_open(path, framework="pt") as file:
+        if file.metadata().get("weights_sha256") != weights_fingerprint:
+            raise CheckpointError(f"{path} belongs to other weights than {WEIGHTS_FILE}: copy the whole folder again")
+        table = file.get_tensor(_POSITIONS)
+    set_image_size(model, size)
+    with torch.no_grad():
+        model.visual.trunk.pos_embed.copy_(table)

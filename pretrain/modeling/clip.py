@@ -22,7 +22,7 @@ def open_clip_config(config: ModelConfig) -> dict:
         "vision_cfg": {
             "timm_model_name": config.image.timm_model,
             "timm_model_pretrained": False,
-            "timm_pool": "",  # keep the timm model's own pooling: the average over patch tokens
+            "timm_pool": config.image.pool,  # "" keeps the timm model's own
             "timm_proj": "linear",
             "image_size": native_image_size(config.image.timm_model),
         },
@@ -55,7 +55,7 @@ def build_model(config: ModelConfig) -> CustomTextCLIP:
     """Freshly initialised towers.
 
     Raises:
-        ConfigError: if the timm model is not a plain vision transformer with average pooling and without a class token.
+        ConfigError: if the image tower is not a plain vision transformer that averages over its patch tokens.
     """
     definition = open_clip_config(config)
     model = CustomTextCLIP(
@@ -65,10 +65,11 @@ def build_model(config: ModelConfig) -> CustomTextCLIP:
         init_logit_scale=torch.tensor(config.init_temperature).reciprocal().log().item(),
     )
     trunk = model.visual.trunk
-    if not isinstance(trunk, VisionTransformer) or trunk.cls_token is not None or trunk.global_pool != "avg":
+    if not isinstance(trunk, VisionTransformer) or trunk.global_pool != "avg" or trunk.pool_include_prefix:
         raise ConfigError(
-            f"model.image.timm_model: {config.image.timm_model} is not an average-pooled vision transformer without "
-            "class token; timm's names for those contain `_gap_` (for example vit_base_patch16_siglip_gap_224)"
+            f"model.image.timm_model: {config.image.timm_model} is not an average-pooled vision transformer; timm's "
+            "names for those contain `_gap_` (for example vit_base_patch16_siglip_gap_224), and model.image.pool=avg "
+            "makes one of a model with a class token"
         )
     if config.image.layer_scale is not None:
         # timm's small value suits very deep towers; a shallow one trained from scratch hardly moves with it.

@@ -11,13 +11,23 @@ from pretrain.config import PhaseConfig
 class Objective(nn.Module, ABC):
     """Contract of every objective.
 
-    `forward(batch)` takes {"image": (B, 3, S, S) uint8 RGB, "tokens": (B, L) int64} and returns a dictionary with
-    "loss" (a scalar to minimise) and any number of scalar tensors to log. Nothing in it may wait for the device.
+    A batch is {"image": (B, 3, S, S) uint8 RGB, "tokens": (B, L) int64}, this process's part of the global batch.
+    `forward(batch) = loss(encode(batch))`; the two halves are apart so that the loop can encode a batch in pieces and
+    still take the loss over all of it (accumulation with cached embeddings, `engine.step`). Nothing in either may wait
+    for the device.
     """
 
     @abstractmethod
+    def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Embeddings of the batch, each with B rows; row i depends on pair i alone."""
+
+    @abstractmethod
+    def loss(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """ "loss", a scalar to minimise, whose mean over processes is the global batch's; further scalars to log."""
+
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss and metrics of one batch."""
+        return self.loss(self.encode(batch))
 
     def enter_phase(self, phase: PhaseConfig) -> None:
         """Adapt what is trained to the phase's image size and text length; called before its optimiser is made."""

@@ -128,7 +128,7 @@ def test_overrides_reach_nested_fields_and_list_items(file):
 
 
 def test_an_index_counts_in_the_default_phases_when_the_file_has_none(tmp_path):
-    config = load_config(write(tmp_path / "c.yaml", "objective: info_nce\n"), ["phases.0.steps=3"])
+    config = load_config(write(tmp_path / "c.yaml", "objective: {name: info_nce}\n"), ["phases.0.steps=3"])
     assert config.phases == [replace(PretrainConfig().phases[0], steps=3)]
 
 

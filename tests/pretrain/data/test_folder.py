@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from pretrain.config import ConfigError
-from pretrain.data.folder import ImageStore, read_backgrounds, read_table, select_split, withhold_words
+from pretrain.data.folder import ImageStore, read_backgrounds, read_table, select_split, split_captions, withhold_words
+from pretrain.data.jpeg import JpegPicture
 
 ROWS = [
     {"image": "a.png", "caption": "hot dog", "keywords": "sausage|bun", "split": "train"},
@@ -54,6 +55,23 @@ def test_a_missing_column_is_named_with_those_there(tmp_path):
     (tmp_path / "t.csv").write_text("path,caption\na.png,x\n")
     with pytest.raises(ConfigError, match=r"lacks the column\(s\) image; it has path, caption"):
         read_table(tmp_path / "t.csv")
+
+
+def test_several_captions_stand_in_for_one(tmp_path):
+    (tmp_path / "t.csv").write_text("image,captions\na.png,an axe | a hatchet\nb.png,\n")
+    rows = read_table(tmp_path / "t.csv")
+    assert [row["caption"] for row in rows] == ["an axe", ""]
+    assert [split_captions(row) for row in rows] == [["an axe", "a hatchet"], []]
+    (tmp_path / "t.csv").write_text("image,caption,captions\na.png,tool,an axe|\nb.png,tool,\n")
+    rows = read_table(tmp_path / "t.csv")
+    assert [row["caption"] for row in rows] == ["tool", "tool"]
+    assert [split_captions(row) for row in rows] == [["an axe"], ["tool"]]
+
+
+def test_any_of_several_captions_can_be_withheld():
+    rows = [{"image": "a", "caption": "tool", "captions": "tool|an axe"}, {"image": "b", "caption": "tool"}]
+    kept, dropped = withhold_words(rows, ["axe"])
+    assert [row["image"] for row in kept] == ["b"] and dropped == 1
 
 
 def test_splits_are_selected_and_unknown_ones_listed():
@@ -127,6 +145,24 @@ def test_a_corrupt_image_is_named(tmp_path, kind):
 def test_a_missing_image_is_named(tmp_path):
     with pytest.raises(OSError, match="gone.png cannot be read as an image"):
         ImageStore(tmp_path).read("gone.png")
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "empty"])
+def test_an_opened_corrupt_jpeg_is_named_at_the_latest_when_resized(tmp_path, kind):
+    damaged(tmp_path, "x.jpg", kind)
+    for name in ("x.jpg", "gone.jpg"):
+        with pytest.raises(OSError, match=f"{tmp_path}/{name} cannot be read as an image"):
+            ImageStore(tmp_path).open(name).resize((8, 8))
+
+
+def test_opening_is_reading_for_all_but_jpegs(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8))
+    image.save(tmp_path / "x.png")
+    image.convert("RGB").save(tmp_path / "x.jpg")
+    store, kept = ImageStore(tmp_path), ImageStore(tmp_path, preload=True)
+    for each in (store, kept):
+        assert np.array_equal(np.asarray(each.open("x.png")), np.asarray(image))
+    assert isinstance(store.open("x.jpg"), JpegPicture) and isinstance(kept.open("x.jpg"), Image.Image)
 
 
 def test_check_lists_the_broken_and_goes_on(tmp_path):

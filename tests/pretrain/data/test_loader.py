@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from pretrain.config import AugmentationConfig, ConfigError, DataConfig, PhaseConfig
-from pretrain.data.folder import ImageStore, read_table, select_split
+from pretrain.data.folder import ImageStore, TableSource, read_table, select_split
 from pretrain.data.loader import BatchPlan, TrainingPairs, build_loader, plan_epoch
 from pretrain.data.transforms import TrainingView
 
@@ -102,7 +102,7 @@ def test_a_broken_image_is_counted_and_the_next_row_takes_its_place(tmp_path, ca
         Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"not a picture")
     store = ImageStore(tmp_path)
-    pairs = TrainingPairs(rows, store, TrainingView(16, AugmentationConfig()), DataConfig(), seed=0)
+    pairs = TrainingPairs(TableSource(rows, store), TrainingView(16, AugmentationConfig()), DataConfig(), seed=0)
     assert pairs[(0, 1)][1] == "thing 2"
     assert pairs[(1, 1)][1] == "thing 2"
     assert store.broken == 2
@@ -111,8 +111,7 @@ def test_a_broken_image_is_counted_and_the_next_row_takes_its_place(tmp_path, ca
 
 def test_nothing_readable_is_an_error_that_names_the_setting(tmp_path):
     pairs = TrainingPairs(
-        [{"image": "a.png", "caption": "a"}],
-        ImageStore(tmp_path),
+        TableSource([{"image": "a.png", "caption": "a"}], ImageStore(tmp_path)),
         TrainingView(16, AugmentationConfig()),
         DataConfig(),
         0,

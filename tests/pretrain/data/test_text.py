@@ -29,6 +29,32 @@ def test_equals_open_clips_tokenizer_where_nothing_is_cut():
     assert torch.equal(build_tokenizer(77)(texts), open_clip.get_tokenizer("ViT-B-32")(texts))
 
 
+def test_equals_open_clips_tokenizer_on_any_text():
+    rng = np.random.default_rng(0)
+    letters = list("abcXYZ  019'.,!?-_&;<>#\t\n\r\x1b\x00\"`") + [
+        "é",
+        "’",
+        "ﬁ",
+        "日本",
+        "&amp;",
+        "Ã©",
+        "'s",
+        "'LL",
+        "\u00a0",
+        "İ",
+    ]
+    texts = ["".join(rng.choice(letters, int(rng.integers(0, 30)))) for _ in range(2000)]
+    texts += ["<start_of_text> <end_of_text>", "", " ", "&AMP;lt;", "x\u2028y"]
+    ours, theirs = build_tokenizer(40), open_clip.SimpleTokenizer(context_length=40)
+    for _ in range(2):  # the second time from the cache
+        assert torch.equal(ours(texts), theirs(texts))
+
+
+def test_one_of_several_captions_is_drawn_evenly():
+    found = captions(CaptionConfig(), {"caption": "unused", "captions": ["axe", "hatchet", "tool"]})
+    assert set(found) == {"axe", "hatchet", "tool"} and all(70 < found.count(text) < 130 for text in set(found))
+
+
 def captions(config, row, count=300):
     return [training_caption(row, config, np.random.default_rng(i)) for i in range(count)]
 

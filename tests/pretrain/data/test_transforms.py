@@ -8,6 +8,7 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 
 from pretrain.config import AugmentationConfig
+from pretrain.data.folder import ImageStore
 from pretrain.data.transforms import TrainingView, evaluation_view, normalise, to_tensor
 
 STILL = AugmentationConfig(
@@ -83,6 +84,15 @@ def test_transparent_pixels_do_not_bleed_their_colour():
     config = AugmentationConfig(**{**vars(STILL), "rotation": 30.0, "cutout_scale": [0.5, 0.9]})
     view = TrainingView(24, config, [Image.new("RGB", (50, 50), (0, 0, 255))])
     assert max(int(view(cutout, np.random.default_rng(s))[1].max()) for s in range(10)) <= 2
+
+
+def test_a_jpeg_that_is_not_decoded_yet_gives_the_view_of_the_decoded_one(tmp_path):
+    smooth = noise("RGB", 40, 30).resize((400, 300), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "x.jpg", quality=95)
+    store, view = ImageStore(tmp_path), TrainingView(32, AugmentationConfig())
+    for seed in range(20):  # the same draws, to the last
+        lazy, whole = (view(read("x.jpg"), np.random.default_rng(seed)) for read in (store.open, store.read))
+        assert (lazy.float() - whole.float()).abs().mean() < 2
 
 
 def test_flip_mirrors_half_of_the_time():

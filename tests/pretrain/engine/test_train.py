@@ -1,5 +1,6 @@
 """The training loop, end to end on generated drawings: files, learning, phases, and resumption to the bit."""
 
+import io
 import json
 import math
 import subprocess
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from pretrain.config import ConfigError, load_config, to_yaml
 from pretrain.data.folder import read_table
-from pretrain.engine.train import Trainer, load_data
+from pretrain.data.pairs import load_pairs
+from pretrain.engine.train import Trainer
 from pretrain.modeling.checkpoint import WEIGHTS_FILE, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,11 +94,14 @@ def test_a_phase_changes_image_and_text_lengths(run_config):
     trainer, seen = Trainer(run_config(TWO_PHASES)), []
     inner = trainer._step
 
-    def step(forward, optimizer, batch, lr):
+    def step(live, batch, number):
         trunk = trainer.model.visual.trunk
-        owned = any(p is trunk.pos_embed for group in optimizer.param_groups for p in group["params"])
-        seen.append((batch["image"].shape[-1], batch["tokens"].shape[1], trunk.pos_embed.shape[1], owned, lr))
-        return inner(forward, optimizer, batch, lr)
+        output = inner(live, batch, number)
+        groups = live.optimizer.param_groups
+        owned = any(p is trunk.pos_embed for group in groups for p in group["params"])
+        shapes = (batch["image"].shape[-1], batch["tokens"].shape[1], trunk.pos_embed.shape[1])
+        seen.append((*shapes, owned, groups[0]["lr"]))
+        return output
 
     trainer._step = step
     trainer.train()
@@ -193,6 +199,45 @@ def test_resuming_with_another_configuration_is_refused(straight, changed):
         Trainer(load_config(path, [changed]), resume=True)
 
 
+def test_resuming_with_other_data_is_refused(run_config, tmp_path, pairs_table):
+    for name in ("a.csv", "b.csv"):
+        (pairs_table.parent / name).write_text(pairs_table.read_text())
+    config = run_config([{"steps": 1}], data={"table": str(pairs_table.parent / "a.csv")})
+    Trainer(config).train()
+    with (pairs_table.parent / "a.csv").open("a") as file:
+        file.write("red_circle_0.png,again,shape,again,train\n")
+    with pytest.raises(ConfigError, match="was started with other data: see .*about.json"):
+        Trainer(config, resume=True)
+
+
+@pytest.fixture
+def shards(tmp_path, pairs_table):
+    """The table's training pairs as two tar shards."""
+    rows = [row for row in read_table(pairs_table) if row["split"] == "train"]
+    for number, part in enumerate((rows[:20], rows[20:])):
+        with webdataset.TarWriter(str(tmp_path / f"{number:05}.tar")) as writer:
+            for index, row in enumerate(part):
+                content = io.BytesIO()
+                Image.open(pairs_table.parent / row["image"]).convert("RGB").save(content, "JPEG")
+                writer.write({"__key__": f"{number}{index:04}", "jpg": content.getvalue(), "txt": row["caption"]})
+    return str(tmp_path / "{00000..00001}.tar")
+
+
+def test_shards_train_and_resume_to_the_bit(run_config, shards):
+    data = {"shards": shards, "unique_by": None, "preload": False, "shuffle_window": 9}
+    straight = run_config(TWO_PHASES, output="straight", data=data)
+    Trainer(straight).train()
+    assert "36 pairs in 2 shards" in (Path(straight.run.output) / "summary.md").read_text()
+    resumed = run_config(TWO_PHASES, output="resumed", data=data, run={"checkpoint_every": 1})
+    trainer = Trainer(resumed)
+    stop_after(trainer, 2)
+    with pytest.raises(Stopped):
+        trainer.train()
+    Trainer(resumed, resume=True).train()
+    assert losses(resumed.run.output) == losses(straight.run.output)
+    assert_equal_weights(resumed.run.output, straight.run.output)
+
+
 def test_resuming_may_log_more_often(straight):
     path = Path(straight.run.output) / "config.yaml"
     Trainer(load_config(path, ["run.log_every=5", "run.checkpoint_every=7"]), resume=True)
@@ -205,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_remedy(run_config):
 
     def step(*arguments):
         output = inner(*arguments)
-        if trainer._state is None and (Path(config.run.output) / "state.pt").exists():
+        if (Path(config.run.output) / "state.pt").exists():
             output["loss"] = output["loss"] * float("nan")
         return output
 
@@ -230,6 +275,10 @@ def test_a_later_phase_that_cannot_run_is_refused_at_the_start(run_config, phase
         Trainer(run_config([{"steps": 1}, {"steps": 1, **phase}]))
 
 
+def load_run_pairs(config):
+    return load_pairs(config.data, config.evaluation.splits)
+
+
 def write_table(folder, rows):
     lines = ["image,caption,split", *(",".join(row) for row in rows)]
     (folder / "t.csv").write_text("\n".join(lines) + "\n")
@@ -240,7 +289,7 @@ def test_broken_images_and_empty_captions_are_left_out_counted_and_named(tmp_pat
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no image")
     rows = [("good.png", "a", "train"), ("bad.png", "b", "train"), ("good.png", " ", "train"), ("good.png", "a", "val")]
-    data = load_data(run_config(data={"table": write_table(tmp_path, rows), "unique_by": None}))
+    data = load_run_pairs(run_config(data={"table": write_table(tmp_path, rows), "unique_by": None}))
     assert [row["caption"] for row in data.training] == ["a"]
     notes = "; ".join(data.notes)
     assert (
@@ -252,19 +301,19 @@ def test_nothing_left_to_train_on_is_an_error_with_the_reasons(tmp_path, run_con
     (tmp_path / "bad.png").write_bytes(b"no image")
     table = write_table(tmp_path, [("bad.png", "a", "train"), ("bad.png", "a", "val")])
     with pytest.raises(ConfigError, match="no training pair is left: 1 training pairs from .*bad.png"):
-        load_data(run_config(data={"table": table, "unique_by": None}))
+        load_run_pairs(run_config(data={"table": table, "unique_by": None}))
 
 
 def test_withheld_words_leave_the_training_rows_only(tmp_path, run_config, pairs_table):
     (tmp_path / "words.txt").write_text("circle\n\nyellow square\n")
-    data = load_data(run_config(data={"withhold": str(tmp_path / "words.txt")}))
+    data = load_run_pairs(run_config(data={"withhold": str(tmp_path / "words.txt")}))
     left = {row["caption"] for row in data.training}
     assert left == {row["caption"] for row in read_table(pairs_table)} - {
         "red circle", "green circle", "blue circle", "yellow circle", "yellow square"
     }  # fmt: skip
     assert len(data.evaluation["val"]) == 12 and any(note.startswith("15 pairs withheld") for note in data.notes)
     with pytest.raises(ConfigError, match="data.withhold: no word list at"):
-        load_data(run_config(data={"withhold": str(tmp_path / "gone.txt")}))
+        load_run_pairs(run_config(data={"withhold": str(tmp_path / "gone.txt")}))
 
 
 def test_the_command_line_trains_and_refuses_on_one_line(run_config, tmp_path):

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from pretrain.modeling import checkpoint
 from pretrain.modeling.checkpoint import (
     CONFIG_FILE,
+    POSITIONS_FILE,
     WEIGHTS_FILE,
     CheckpointError,
     load_checkpoint,
-    restore_full_shape,
     save_checkpoint,
 )
 from pretrain.modeling.clip import set_context_length, set_image_size
@@ -110,14 +110,39 @@ def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path, folder, m
         assert torch.nn.functional.cosine_similarity(a, b).min() > 0.9999
 
 
-def test_towers_of_a_small_phase_are_refused_until_restored(tmp_path, model, model_config):
+@torch.no_grad()
+def test_towers_of_another_size_come_back_as_they_were_and_elsewhere_at_the_native_size(tmp_path, model, model_config):
     set_image_size(model, 64)
     set_context_length(model, 8)
-    with pytest.raises(CheckpointError, match="at 64 px, and open_clip builds test_vit4 at 160 px.*set_image_size"):
-        save_checkpoint(tmp_path / "small", model, model_config)
-    restore_full_shape(model, model_config)
-    loaded = load_checkpoint(save_checkpoint(tmp_path / "full", model, model_config))
-    assert loaded.tokenizer(TEXTS).shape == (3, 16)
+    folder = save_checkpoint(tmp_path / "small", model, model_config)
+    small, native = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 160, 160)
+    loaded = load_checkpoint(folder)
+    assert loaded.image_size == 64 and loaded.tokenizer(TEXTS).shape == (3, 16)
+    assert torch.equal(loaded.model.encode_image(small), model.encode_image(small))
+    elsewhere, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    set_image_size(model, 160)
+    torch.testing.assert_close(elsewhere.eval().encode_image(native), model.encode_image(native))
+
+
+def test_a_later_save_at_the_native_size_leaves_no_old_positions(tmp_path, model, model_config):
+    set_image_size(model, 64)
+    folder = save_checkpoint(tmp_path / "c", model, model_config)
+    assert (folder / POSITIONS_FILE).is_file()
+    set_image_size(model, 160)
+    assert load_checkpoint(save_checkpoint(folder, model, model_config)).image_size == 160
+    assert not (folder / POSITIONS_FILE).exists()
+
+
+def test_positions_that_are_missing_or_of_other_weights_are_refused(tmp_path, model, model_config):
+    set_image_size(model, 64)
+    folder = save_checkpoint(tmp_path / "c", model, model_config)
+    other = save_checkpoint(tmp_path / "d", model, model_config, half=True)
+    (folder / POSITIONS_FILE).write_bytes((other / POSITIONS_FILE).read_bytes())
+    with pytest.raises(CheckpointError, match=f"{POSITIONS_FILE} belongs to other weights than {WEIGHTS_FILE}"):
+        load_checkpoint(folder)
+    (folder / POSITIONS_FILE).unlink()
+    with pytest.raises(CheckpointError, match=f"{POSITIONS_FILE} is missing .the towers were trained at 64 px"):
+        load_checkpoint(folder)
 
 
 def test_a_folder_without_configuration_is_no_checkpoint(tmp_path):

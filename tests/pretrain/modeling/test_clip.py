@@ -29,7 +29,7 @@ def test_native_size_is_timms():
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
 def test_a_tower_that_cannot_be_used_is_refused(name):
     config = ModelConfig(image=ImageTowerConfig(timm_model=name), text=TextTowerConfig(width=32, heads=2, layers=1))
-    with pytest.raises(ConfigError, match=f"{name} is not an average-pooled vision transformer without class token"):
+    with pytest.raises(ConfigError, match=f"{name} is not an average-pooled vision transformer"):
         build_model(config)
 
 
@@ -95,3 +95,17 @@ def test_text_length_changes_no_weight(model):
 def test_a_text_longer_than_the_table_is_refused(model):
     with pytest.raises(ValueError, match="context_length 17 exceeds the text tower's 16"):
         set_context_length(model, 17)
+
+
+@torch.no_grad()
+def test_pool_avg_makes_an_average_pooled_tower_of_a_model_with_a_class_token():
+    """As timm and open_clip would: the class token takes part in attention and not in the average."""
+    config = ModelConfig(
+        image=ImageTowerConfig(timm_model="vit_small_patch16_224", pool="avg"),
+        text=TextTowerConfig(width=32, heads=2, layers=1, context_length=8), embed_dim=32,
+    )  # fmt: skip
+    visual = build_model(config).eval().visual
+    images = torch.rand(1, 3, 224, 224)
+    tokens = visual.trunk.forward_features(images)
+    assert tokens.shape == (1, 1 + 196, 384)
+    torch.testing.assert_close(visual(images), visual.head(tokens[:, 1:].mean(1)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from open_clip.loss import ClipLoss
 
-from pretrain.config import ConfigError, PhaseConfig, PretrainConfig
+from pretrain.config import ConfigError, ObjectiveConfig, PhaseConfig, PretrainConfig
 from pretrain.data.transforms import normalise
 from pretrain.objectives import build_objective
 from pretrain.objectives.info_nce import InfoNCE
@@ -63,5 +63,11 @@ def test_the_scale_is_clamped_after_a_step(objective, model, log_scale, expected
 
 
 def test_an_unknown_objective_is_named(model):
-    with pytest.raises(ConfigError, match="objective is 'otters': one of info_nce"):
-        build_objective(PretrainConfig(objective="otters"), model)
+    with pytest.raises(ConfigError, match="objective.name is 'otters': one of info_nce"):
+        build_objective(PretrainConfig(objective=ObjectiveConfig("otters")), model)
+
+
+def test_an_option_that_the_objective_does_not_have_names_the_nearest(model):
+    config = PretrainConfig(objective=ObjectiveConfig("info_nce", {"chunk_sizes": 4}))
+    with pytest.raises(ConfigError, match="unknown field 'objective.options.chunk_sizes': did you mean 'chunk_size'"):
+        build_objective(config, model)

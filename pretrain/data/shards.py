@@ -1,0 +1,346 @@
+"""Image-text pairs from tar shards in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json), read at random.
+
+An index of every shard, made once from its headers, says where each member's bytes are, so any pair is a read of a few
+byte ranges and the order is a function of (seed, epoch, step): a run resumes at any step at once, and neither workers
+nor processes keep state. Shards are files; mount remote storage.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from pretrain.atomic import replacing
+from pretrain.config import ConfigError, DataConfig
+from pretrain.data.folder import LeftOut, WordFilter
+from pretrain.data.jpeg import JpegPicture, open_picture
+
+_IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+_INDEX_VERSION = 1
+_BLOCK = 512  # bytes of a tar header, and what members are padded to
+_OPEN_SHARDS = 64  # per process: a descriptor and an index (48 bytes a pair) each
+_SCANNING_THREADS = 8  # scanning waits for the disk most of the time
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the members of a shard's pairs are.
+
+    Attributes:
+        members: (N, 6) int64: offset and size in bytes of the image, KEY.txt and KEY.json; size -1 for an absent one.
+        incomplete: keys without an image, or with neither text nor JSON.
+        cut: the file ends before the archive does, or is no tar file; pairs past the end are in no count.
+    """
+
+    members: np.ndarray
+    incomplete: int
+    cut: bool
+
+
+def scan_shard(path: Path) -> ShardIndex:
+    """Read a shard's headers; its pairs in the order of their first members."""
+    size = path.stat().st_size
+    keys: dict[str, list[int]] = {}
+    with path.open("rb") as file:
+        end = 0
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                    if member.isfile() and member.offset_data + member.size <= size:
+                        _add_member(keys, member)
+                    elif member.isfile():
+                        keys.setdefault(_split_name(member.name)[0], [0, -1] * 3)
+                    archive.members = []  # or it keeps them all
+        except tarfile.TarError:  # cut in the middle of a member, or no archive; told below
+            pass
+        file.seek(end)
+        # An archive ends with zeros; where something else or nothing follows the last member, the rest is missing.
+        cut = file.read(_BLOCK) != bytes(_BLOCK)
+    complete = [row for row in keys.values() if row[1] > 0 and max(row[3], row[5]) >= 0]
+    members = np.array(complete, np.int64).reshape(-1, 6)
+    return ShardIndex(members, len(keys) - len(complete), cut)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and ending, as WebDataset splits them: at the first dot of the base name."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _add_member(keys: dict[str, list[int]], member: tarfile.TarInfo) -> None:
+    key, ending = _split_name(member.name)
+    kinds = {"txt": 2, "json": 4} | dict.fromkeys(_IMAGE_ENDINGS, 0)
+    if not key.rpartition("/")[2]:
+        return  # a hidden file
+    row = keys.setdefault(key, [0, -1] * 3)
+    if ending in kinds:
+        row[kinds[ending] : kinds[ending] + 2] = member.offset_data, member.size
+
+
+def _cache_places(path: Path) -> list[Path]:
+    """Where a shard's index may be: beside it, or in the user's cache where that folder is read-only."""
+    name = f".{path.name}.index.npz"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reclip-ovd" / "shards"
+    return [path.with_name(name), cache / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24] + ".npz")]
+
+
+def load_index(path: Path) -> ShardIndex:
+    """The index of a shard: the kept one if the file's size and time are still those, else a new one, kept if possible.
+
+    Raises:
+        OSError: if the shard cannot be read.
+    """
+    status = path.stat()
+    stamp = np.array([_INDEX_VERSION, status.st_size, status.st_mtime_ns])
+    places = _cache_places(path)
+    for place in places:
+        try:
+            with np.load(place, allow_pickle=False) as kept:
+                if np.array_equal(kept["stamp"], stamp):
+                    return ShardIndex(kept["members"], int(kept["incomplete"]), bool(kept["cut"]))
+        except (OSError, ValueError, KeyError, EOFError):  # absent, or not ours
+            continue
+    index = scan_shard(path)
+    for place in places:
+        try:
+            with replacing(place) as temporary, temporary.open("wb") as file:
+                np.savez(file, stamp=stamp, members=index.members, incomplete=index.incomplete, cut=index.cut)
+            break
+        except OSError:  # read-only or full: the next place, or none
+            continue
+    return index
+
+
+def expand_shards(pattern: str) -> list[Path]:
+    """Files of a pattern: braces ({00000..00099}), wildcards, several patterns joined by "::".
+
+    Raises:
+        ConfigError: if a pattern or a file of a brace range names nothing.
+    """
+    try:
+        from braceexpand import braceexpand  # comes with webdataset, the extra `shards`
+    except ImportError as error:
+        raise ConfigError("data.shards needs the package braceexpand: pip install 'reclip-ovd[shards]'") from error
+    paths: list[Path] = []
+    for name in (name for part in pattern.split("::") for name in braceexpand(part)):
+        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * Path(name).is_file()
+        if not found:
+            raise ConfigError(f"data.shards: no file {name}; correct the pattern {pattern!r}")
+        paths += [Path(file) for file in found]
+    return paths
+
+
+class ShardSource:
+    """Pairs of tar shards, numbered through in the order of the files.
+
+    Args:
+        paths: shards.
+        caption_keys: where captions are: "txt" is KEY.txt, anything else a field (text or list of texts) of KEY.json.
+        withhold: pairs whose captions have one of these words are not used.
+
+    Raises:
+        ConfigError: if there is no pair at all.
+    """
+
+    def __init__(self, paths: Sequence[Path], caption_keys: Sequence[str] = ("txt",), withhold: Iterable[str] = ()):
+        self._paths, self._caption_keys = list(paths), list(caption_keys)
+        if not self._caption_keys:
+            raise ConfigError('data.caption_keys is empty: ["txt"] reads KEY.txt, other names are fields of KEY.json')
+        self._withheld = WordFilter(withhold)
+        self._left_out = LeftOut(["broken", "without caption", "withheld"])
+        self._opened: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        sizes, incomplete, cut = [], 0, []
+        with ThreadPoolExecutor(_SCANNING_THREADS) as pool:
+            indices = pool.map(load_index, self._paths)
+            shown = tqdm(zip(self._paths, indices, strict=True), "shards", len(self._paths), delay=2.0, leave=False)
+            for path, index in shown:
+                sizes.append(len(index.members))
+                incomplete += index.incomplete
+                cut += [path] * index.cut
+        self.sizes = np.array(sizes, np.int64)
+        self._ends = np.cumsum(self.sizes)
+        self.notes = self._describe(incomplete, cut)
+        if not len(self):
+            raise ConfigError("data.shards: " + "; ".join(self.notes))
+        self.remedy = "check data.shards and data.caption_keys"
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "ShardSource":
+        """The shards of `data.shards`, without the pairs of `data.withhold`.
+
+        Raises:
+            ConfigError: for a pattern without files, a missing word list, or shards without pairs.
+        """
+        words = []
+        if config.withhold:
+            if not Path(config.withhold).is_file():
+                raise ConfigError(f"data.withhold: no word list at {config.withhold}")
+            words = Path(config.withhold).read_text(encoding="utf-8").splitlines()
+        return cls(expand_shards(config.shards), config.caption_keys, words)
+
+    def _describe(self, incomplete: int, cut: list[Path]) -> list[str]:
+        notes = [f"{self.sizes.sum()} pairs in {len(self._paths)} shards"]
+        if incomplete:
+            notes.append(f"{incomplete} samples of shards left out: no image, or neither text nor JSON")
+        if cut:
+            notes.append(
+                f"{len(cut)} shards are cut off or damaged, for example {cut[0]}: what is whole in them is used, the "
+                "rest left out; fetch them again"
+            )
+        return notes
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the shards' file names, bytes and numbers of pairs, in order."""
+        parts = [
+            f"{path.name} {path.stat().st_size} {size}" for path, size in zip(self._paths, self.sizes, strict=True)
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_opened": OrderedDict()}  # descriptors mean nothing in another process
+
+    def __del__(self) -> None:
+        for file, _ in self.__dict__.get("_opened", {}).values():
+            os.close(file)
+
+    def read(self, index: int) -> tuple[Image.Image | JpegPicture, dict]:
+        """A picture and {"captions": list of texts}.
+
+        Raises:
+            OSError: if the image is damaged, no caption is there, or one is withheld; the message names the pair.
+        """
+        shard = int(np.searchsorted(self._ends, index, "right"))
+        file, members = self._open(shard)
+        image_at, image_size, *text = (int(n) for n in members[index - self._ends[shard]])  # counted from the end
+        captions = self._captions(shard, file, text, image_at)
+        if self._withheld.matches(captions):
+            raise _Withheld(f"{self._name(shard, file, image_at)}: a word of data.withhold")
+        content = os.pread(file, image_size, image_at)
+        return open_picture(content, self._name(shard, file, image_at)), {"captions": captions}
+
+    def _captions(self, shard: int, file: int, text: list[int], image_at: int) -> list[str]:
+        text_at, text_size, json_at, json_size = text
+        found: list[str] = []
+        try:
+            fields = None
+            for key in self._caption_keys:
+                if key == "txt":
+                    value = os.pread(file, text_size, text_at).decode() if text_size > 0 else ""
+                else:
+                    if fields is None:
+                        fields = json.loads(os.pread(file, json_size, json_at)) if json_size > 0 else {}
+                    value = fields.get(key)
+                found += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+        except (ValueError, AttributeError) as error:  # not UTF-8, not JSON, not an object
+            raise _NoCaption(f"{self._name(shard, file, image_at)}: its text cannot be read ({error})") from error
+        captions = [caption for caption in map(str.strip, found) if caption]
+        if not captions:
+            raise _NoCaption(f"{self._name(shard, file, image_at)}: no caption in {', '.join(self._caption_keys)}")
+        return captions
+
+    def _open(self, shard: int) -> tuple[int, np.ndarray]:
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard]
+        path = self._paths[shard]
+        members = load_index(path).members
+        if len(members) != self.sizes[shard]:
+            raise OSError(f"{path} changed during the run: it had {self.sizes[shard]} pairs, now {len(members)}")
+        self._opened[shard] = os.open(path, os.O_RDONLY), members
+        if len(self._opened) > _OPEN_SHARDS:
+            os.close(self._opened.popitem(last=False)[1][0])
+        return self._opened[shard]
+
+    def _name(self, shard: int, file: int, image_at: int) -> str:
+        """Shard and member name, for a message: the name is the start of the header before the image."""
+        name = os.pread(file, 100, image_at - _BLOCK).split(b"\0")[0].decode(errors="replace")
+        return f"{self._paths[shard]}/{name}"
+
+    def count_left_out(self, index: int, error: OSError) -> None:
+        """Count a pair that `read`, or decoding what it gave, refused."""
+        kind = "broken"
+        if isinstance(error, _NoCaption | _Withheld):
+            kind = "without caption" if isinstance(error, _NoCaption) else "withheld"
+        self._left_out.add(kind, error)
+
+    def report(self) -> list[str]:
+        """A line for each kind of pair that was left out so far, in all processes; reads, so epochs add up."""
+        kinds = ("broken", "without caption", "withheld")
+        counts = {kind: self._left_out[kind] for kind in kinds}
+        return [f"{n} reads of pairs {kind}, replaced by the next pair" for kind, n in counts.items() if n]
+
+
+class _NoCaption(OSError):
+    """A pair without text that can be used."""
+
+
+class _Withheld(OSError):
+    """A pair that the strict open-vocabulary split leaves out."""
+
+
+class ShardOrder:
+    """The order of an epoch over shards: shards shuffled, then pairs within windows of neighbours.
+
+    Reading stays near-sequential (a window is a few shards), and the pairs of any step follow from (seed, epoch) and
+    the shards' sizes alone: nothing of the size of the data set is ever made.
+
+    Args:
+        sizes: pairs per shard.
+        window: pairs that are shuffled together.
+        seed: with the epoch, all that the order depends on.
+
+    Raises:
+        ConfigError: for a window below 1.
+    """
+
+    def __init__(self, sizes: np.ndarray, window: int, seed: int):
+        if window < 1:
+            raise ConfigError(f"data.shuffle_window is {window}: it must be at least 1 pair")
+        self._sizes, self._window, self._seed = sizes, window, seed
+        self._starts = np.cumsum(sizes) - sizes
+        self._total = int(sizes.sum())
+        self._epoch, self._numbered = -1, -1  # which shards' order, and which window, is at hand
+
+    def __len__(self) -> int:
+        return self._total
+
+    def rows(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Row numbers (stop - start,) at the positions from `start` to `stop` of an epoch."""
+        self._enter_epoch(epoch)
+        parts = []
+        for number in range(start // self._window, -(-stop // self._window)):
+            first = number * self._window
+            parts.append(self._window_rows(number)[max(0, start - first) : stop - first])
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def _enter_epoch(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._shards = np.random.default_rng([self._seed, epoch]).permutation(len(self._sizes))
+            self._ends = np.cumsum(self._sizes[self._shards])
+            self._epoch, self._numbered = epoch, -1
+
+    def _window_rows(self, number: int) -> np.ndarray:
+        if number != self._numbered:
+            first = number * self._window
+            positions = np.arange(first, min(first + self._window, self._total))
+            place = np.searchsorted(self._ends, positions, "right")
+            shard = self._shards[place]
+            rows = self._starts[shard] + positions - (self._ends[place] - self._sizes[shard])
+            self._rows = np.random.default_rng([self._seed, self._epoch, number]).permutation(rows)
+            self._numbered = number
+        return self._rows

@@ -1,0 +1,118 @@
+"""Several processes train what one would: the whole loop under torch.distributed, with DDP, in pieces, and sharded."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
+
+from pretrain.config import config_from_dict
+from pretrain.engine.train import Trainer
+from pretrain.modeling.checkpoint import WEIGHTS_FILE
+
+COLOURS = {"red": (220, 30, 30), "green": (20, 150, 40), "blue": (30, 60, 220), "white": (250, 250, 250)}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """Eight plain squares of four colours, for training, and again for evaluation."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("squares")
+    lines = ["image,caption,split"]
+    for split in ("train", "val"):
+        for index, (name, colour) in enumerate(COLOURS.items()):
+            for size in (32, 48):
+                Image.new("RGB", (size, size), tuple(c - index for c in colour)).save(root / f"{name}{size}.png")
+                lines.append(f"{name}{size}.png,{name} of {size},{split}")
+    (root / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return root / "pairs.csv"
+
+
+def configuration(table: Path, output: Path, parallel: str = "auto", micro: int = 0) -> str:
+    phase = {"steps": 2, "image_size": 32, "context_length": 6, "batch_size": 8, "lr": 1e-3, "warmup_steps": 1}
+    # plain SGD would hide gradients that are wrong by a factor less well than AdamW, which divides it out
+    node = {
+        "model": {
+            "image": {"timm_model": "test_vit4", "layer_scale": 1.0},
+            "text": {"width": 32, "heads": 2, "layers": 1, "context_length": 8}, "embed_dim": 32,
+        },
+        "data": {"table": str(table), "workers": 0, "preload": True},
+        "optim": {"name": "sgd", "weight_decay": 0.1, "grad_clip": 1.0},
+        "phases": [
+            {**phase, "name": "small", "micro_batch_size": micro},
+            {**phase, "name": "large", "image_size": 48, "micro_batch_size": micro},
+        ],
+        "run": {"output": str(output), "device": "cpu", "parallel": parallel, "log_every": 1, "checkpoint_every": 1},
+    }  # fmt: skip
+    return yaml.safe_dump(node)
+
+
+def train(config: str, stop_after: int = 0, resume: bool = False) -> list[str]:
+    """Train as torchrun would start it; returns the run folder's files. `stop_after` steps the power fails."""
+    if dist.is_initialized():
+        os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+    trainer = Trainer(config_from_dict(yaml.safe_load(config)), resume)
+    inner, count = trainer._step, 0
+
+    def step(*arguments):
+        nonlocal count
+        if stop_after and count == stop_after:
+            raise KeyboardInterrupt
+        count += 1
+        return inner(*arguments)
+
+    trainer._step = step
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        pass
+    return sorted(path.name for path in Path(trainer.config.run.output).iterdir())
+
+
+def curve(output: Path) -> list[tuple[float, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def assert_same_run(output: Path, reference: Path) -> None:
+    expected = curve(reference)
+    assert len(expected) == 4
+    for found, wanted in zip(curve(output), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=2e-5)
+    weights, wanted = (load_file(folder / "checkpoint" / WEIGHTS_FILE) for folder in (output, reference))
+    for name in wanted:
+        torch.testing.assert_close(weights[name], wanted[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(table, tmp_path_factory) -> Path:
+    """The run of one process."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    train(configuration(table, output))
+    return output
+
+
+@pytest.mark.parametrize(("parallel", "micro"), [("ddp", 0), ("ddp", 2)])
+def test_two_processes_train_what_one_would(run_processes, table, alone, tmp_path, parallel, micro):
+    output = tmp_path / "run"
+    files = run_processes(train, configuration(table, output, parallel, micro))
+    assert files[0] == sorted(path.name for path in alone.iterdir())
+    assert_same_run(output, alone)
+    assert len((output / "command.txt").read_text().splitlines()) == 1  # one process writes the folder
+
+
+def test_sharded_towers_train_what_one_process_would_and_resume_there(run_processes, table, alone, tmp_path):
+    """FSDP2 through a phase change; then the same from a state that one process continues."""
+    output = tmp_path / "run"
+    run_processes(train, configuration(table, output, "fsdp", 2))
+    assert_same_run(output, alone)
+    stopped = tmp_path / "stopped"
+    run_processes(train, configuration(table, stopped, "fsdp"), 3)
+    assert len(curve(stopped)) == 3
+    train(configuration(table, stopped, "one"), resume=True)
+    assert_same_run(stopped, alone)
