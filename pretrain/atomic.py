@@ -20,8 +20,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power failure: it is an entry of the folder, not of the file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what writers that were killed have left in a folder that no one else writes to now."""
+    for path in Path(folder).glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> Path:

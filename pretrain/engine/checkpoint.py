@@ -15,9 +15,19 @@ def save_state(folder: Path, state: dict) -> None:
 
     Args:
         state: tensors on the CPU (an XLA tensor loads only beside torch-xla).
+
+    Raises:
+        OSError: if it cannot be written, for want of space or permission.
     """
     with replacing(folder / STATE_FILE) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what torch's archive writer makes of a failed write
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"{folder / STATE_FILE} cannot be written ({reason}): make space, then continue with --resume from the "
+                "last state, which is whole"
+            ) from error
 
 
 def load_state(folder: Path) -> dict | None:

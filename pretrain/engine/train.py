@@ -13,6 +13,7 @@ import torch
 from open_clip import CustomTextCLIP
 from tqdm import tqdm
 
+from pretrain.atomic import remove_leftovers
 from pretrain.config import ConfigError, PretrainConfig, to_yaml
 from pretrain.data.loader import build_loader
 from pretrain.data.pairs import load_pairs
@@ -46,7 +47,7 @@ class Trainer:
         if not resume and (folder / "state.pt").exists():
             raise ConfigError(f"{folder} already holds a run: add --resume to continue it, or set run.output elsewhere")
         self.device = Device(config.run.device, config.run.precision, config.run.parallel)
-        self.processes = join_processes(config.run.parallel, self.device.kind == "cuda")
+        self.processes = join_processes(config.run.parallel, self.device.kind == "cuda", self.device.spmd)
         torch.manual_seed(config.run.seed)
         self.data = load_pairs(config.data, config.evaluation.splits)
         self.objective: Objective = build_objective(config, build_model(config.model))
@@ -64,6 +65,7 @@ class Trainer:
         self._seconds = state["seconds"] if state else 0.0
         self.folder: RunFolder | None = None
         if self.processes.is_main:
+            remove_leftovers(folder)
             # Also without a state: a run that ended before its first one is written again from the start.
             trim_metrics(folder / "metrics.jsonl", self._global_step(self._first_phase, self._first_step))
             self.folder = RunFolder(folder, to_yaml(config), self.data.fingerprints)
@@ -208,15 +210,18 @@ class Trainer:
             )  # fmt: skip
 
     def _evaluate(self, index: int, step: int) -> None:
-        """Zero-shot on every split, by the main process; the others wait."""
+        """Zero-shot on every split, by the main process; the others wait, or compute the same in one program."""
         phase = self.config.phases[index].name
         sharded = self.config.run.parallel == "fsdp"
         model = self._whole_objective(index).model.to(self.device.torch_device) if sharded else self.model
-        for split, rows in self.data.evaluation.items() if self.processes.is_main else ():
+        takes_part = self.processes.is_main or self.processes.one_program
+        for split, rows in self.data.evaluation.items() if takes_part else ():
             result = evaluate_zero_shot(
                 model, rows, self.data.classes, self.data.store, self.config.evaluation.templates,
                 self.device.torch_device,
             )  # fmt: skip
+            if not self.processes.is_main:
+                continue
             self.results.setdefault(phase, {})[split] = result
             tqdm.write(
                 f"zero-shot on {split} after {phase} step {step}: top-1 {result.top1:.1%}, top-5 {result.top5:.1%}"

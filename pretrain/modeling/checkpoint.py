@@ -17,7 +17,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CustomTextCLIP
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -64,6 +64,9 @@ def save_checkpoint(folder: str | Path, model: CustomTextCLIP, config: ModelConf
         model: the towers, at any image size and text length.
         config: what `build_model` made them from.
         half: store float16 (half the size; loaded back as float32).
+
+    Raises:
+        OSError: if a file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,17 +84,23 @@ def save_checkpoint(folder: str | Path, model: CustomTextCLIP, config: ModelConf
         prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
         grid = native // trunk.patch_embed.patch_size[0]
         state[_POSITIONS] = resample_grid(own_table.float(), grid, prefix).to(own_table.dtype)
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(state, temporary)
+    _write_tensors(folder / WEIGHTS_FILE, state)
     if size != native:
         belongs_to = {"weights_sha256": fingerprint(folder / WEIGHTS_FILE)}
-        with replacing(folder / POSITIONS_FILE) as temporary:
-            save_file({_POSITIONS: own_table}, temporary, belongs_to)
+        _write_tensors(folder / POSITIONS_FILE, {_POSITIONS: own_table}, belongs_to)
     else:
         (folder / POSITIONS_FILE).unlink(missing_ok=True)
     definition = {"model_cfg": definition, "preprocess_cfg": preprocess, "trained_image_size": size}
     write_atomically(folder / CONFIG_FILE, json.dumps(definition, indent=1) + "\n")  # last: it makes the folder valid
     return folder
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> ImageTextModel:

@@ -94,7 +94,8 @@ def set_image_size(model: CustomTextCLIP, size: int) -> None:
             f"image_size {size} is not a multiple of the patch size {patch}: use {size // patch * patch or patch}"
         )
     prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-    table = resample_grid(trunk.pos_embed.detach(), size // patch, prefix)
+    # On the CPU: XLA has no kernel for it, and a table is small.
+    table = resample_grid(trunk.pos_embed.detach().cpu(), size // patch, prefix).to(trunk.pos_embed.device)
     trunk.pos_embed = nn.Parameter(table.clone(), requires_grad=trunk.pos_embed.requires_grad)
     trunk.patch_embed.set_input_size(img_size=size)
     model.visual.image_size = (size, size)

@@ -71,10 +71,7 @@ def pairs_table(tmp_path_factory) -> Path:
     return root / "pairs.csv"
 
 
-@pytest.fixture
-def run_config(pairs_table, tmp_path) -> Callable[..., PretrainConfig]:
-    """A function that makes a small CPU run: `run_config(phases=[…], output="name", run={…}, …)`."""
-
+def _run_config_maker(pairs_table: Path, root: Path) -> Callable[..., PretrainConfig]:
     def make(
         phases: list[dict] | None = None, output: str = "run", run: dict | None = None, **sections
     ) -> PretrainConfig:
@@ -88,7 +85,7 @@ def run_config(pairs_table, tmp_path) -> Callable[..., PretrainConfig]:
             "data": {"table": str(pairs_table), "unique_by": "concept", "preload": True, "workers": 0},
             "phases": [{**phase, **given} for given in phases or [{"steps": 4}]],
             "run": {
-                "output": str(tmp_path / output),
+                "output": str(root / output),
                 "device": "cpu",
                 "log_every": 1,
                 "checkpoint_every": 100,
@@ -100,3 +97,15 @@ def run_config(pairs_table, tmp_path) -> Callable[..., PretrainConfig]:
         return config_from_dict(node)
 
     return make
+
+
+@pytest.fixture
+def run_config(pairs_table, tmp_path) -> Callable[..., PretrainConfig]:
+    """A function that makes a small CPU run: `run_config(phases=[…], output="name", run={…}, …)`."""
+    return _run_config_maker(pairs_table, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_run_config(pairs_table, tmp_path_factory) -> Callable[..., PretrainConfig]:
+    """`run_config` for runs that the tests of a file share."""
+    return _run_config_maker(pairs_table, tmp_path_factory.mktemp("runs"))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -196,11 +197,29 @@ def test_damage_is_one_sentence_that_names_the_folder(folder, damage):
     assert message.startswith(f"{folder} cannot be loaded (") and "\n" not in message and len(message) < 600
 
 
+def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, model, model_config):
+    """A process whose files cannot grow: writing fails as on a full disk."""
+    script = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pretrain.config import ModelConfig, ImageTowerConfig, TextTowerConfig\n"
+        "from pretrain.modeling.clip import build_model; from pretrain.modeling.checkpoint import save_checkpoint\n"
+        "config = ModelConfig(ImageTowerConfig('test_vit4'), TextTowerConfig(32, 2, 1, 8), 32)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
+        "try: save_checkpoint(sys.argv[2], build_model(config), config)\n"
+        "except OSError as error: print(error)\n"
+    )
+    root = str(Path(__file__).resolve().parents[3])
+    command = [sys.executable, "-c", script, root, str(tmp_path / "c")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{tmp_path}/c/{WEIGHTS_FILE} cannot be written ("), done.stderr
+    assert list((tmp_path / "c").iterdir()) == []
+
+
 @pytest.mark.parametrize("stage", ["save_file", "fsync"])
 def test_an_interrupted_write_leaves_the_old_files(folder, model, model_config, images, monkeypatch, stage):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def half_written(state, path):
+    def half_written(state, path, metadata):
         path.write_bytes(b"half a file")
         raise OSError("No space left on device")
 
