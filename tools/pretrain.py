@@ -8,8 +8,27 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
+def train(number: int, config: str, overrides: list[str], resume: bool) -> None:
+    """Train and print where the output went; at the top level, because the processes of a TPU import it by name.
+
+    Args:
+        number: of this process among those started with it; torch-xla tells `Processes` its place.
+    """
+    from pretrain.config import load_config
+    from pretrain.engine.processes import leave_processes
+    from pretrain.engine.train import Trainer
+
+    try:
+        trainer = Trainer(load_config(config, overrides), resume=resume)
+        checkpoint = trainer.train()
+        if trainer.processes.is_main:
+            print(f"checkpoint: {checkpoint}\nsummary:    {trainer.folder.path / 'summary.md'}")
+    finally:
+        leave_processes()
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, train, print where the output went."""
+    """Parse, and train in this process or in those it starts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file; see pretrain/config.py for every field")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.output from its last state")
@@ -18,19 +37,21 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Imported here so that --help and typing errors answer at once.
     from pretrain.config import ConfigError, load_config
-    from pretrain.engine.train import Trainer
+    from pretrain.engine.processes import start_processes
     from pretrain.modeling.checkpoint import CheckpointError
 
+    choice = options.config, options.overrides, options.resume
     try:
-        trainer = Trainer(load_config(options.config, options.overrides), resume=options.resume)
-        folder = trainer.train()
+        if load_config(options.config, options.overrides).run.parallel == "processes":
+            start_processes(train, *choice)
+        else:
+            train(0, *choice)
     except (ConfigError, CheckpointError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; continue with the same command and --resume", file=sys.stderr)
         return 130
-    print(f"checkpoint: {folder}\nsummary:    {trainer.folder.path / 'summary.md'}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """The one place that knows devices: CPU, CUDA, and TPU through torch-xla."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Device:
         if self.kind == "cuda" and not torch.cuda.is_available():
             raise ConfigError("run.device is cuda and PyTorch sees no GPU: use run.device=cpu, or check the driver")
         self._mesh = None
+        self._row_shardings: dict[int, Any] = {}
         on_tpu = False
         if self.kind == "xla":
             on_tpu = self._open_xla(parallel)
@@ -49,6 +51,10 @@ class Device:
         if parallel in ("ddp", "fsdp"):
             raise ConfigError(f"run.parallel is {parallel}, which needs CPU or CUDA: use spmd or processes")
         on_tpu = xr.device_type() == "TPU"
+        if parallel == "processes" and not on_tpu:
+            raise ConfigError(
+                f"run.parallel is processes, which needs a TPU, and torch-xla runs on {xr.device_type()} here: use spmd"
+            )
         if parallel == "spmd" or (parallel == "auto" and on_tpu):
             import torch_xla.distributed.spmd as xs
 
@@ -64,19 +70,44 @@ class Device:
         return torch.autocast(self.torch_device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def move(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copy a batch to the device; under SPMD its rows are spread over all devices."""
-        moved = {name: value.to(self.torch_device, non_blocking=True) for name, value in batch.items()}
-        if self._mesh is not None:
+        """Copy a batch to the device; under SPMD its rows are spread over all devices.
+
+        With several hosts under SPMD each gives its own rows, which go to its own devices, and the result has the rows
+        of all hosts.
+        """
+        if self._mesh is None:
+            return {name: value.to(self.torch_device, non_blocking=True) for name, value in batch.items()}
+        from torch_xla.core import xla_model as xm
+
+        return {
+            name: xm.send_cpu_data_to_device(value, self.torch_device, self._row_sharding(value.ndim))[0]
+            for name, value in batch.items()
+        }
+
+    def _row_sharding(self, dimensions: int):
+        """Rows over devices, all else whole."""
+        if dimensions not in self._row_shardings:
             import torch_xla.distributed.spmd as xs
 
-            for value in moved.values():
-                xs.mark_sharding(value, self._mesh, ("data", *[None] * (value.ndim - 1)))
-        return moved
+            # minibatch: what a process gives are its rows, not a copy of all rows. The order of hosts along the mesh
+            # does not matter: images and tokens take the same way, so that pairs stay pairs.
+            spec = xs.ShardingSpec(self._mesh, ("data", *[None] * (dimensions - 1)), minibatch=True)
+            self._row_shardings[dimensions] = spec
+        return self._row_shardings[dimensions]
+
+    @property
+    def spmd(self) -> bool:
+        """Whether all devices, of all hosts, run one program over global tensors."""
+        return self._mesh is not None
 
     @property
     def devices(self) -> int:
         """How many devices share a batch of this process."""
-        return self._mesh.size() if self._mesh is not None else 1
+        if self._mesh is None:
+            return 1
+        import torch_xla.runtime as xr
+
+        return xr.addressable_runtime_device_count()
 
     def seed(self, *key: int) -> None:
         """Make what is drawn next on any device a function of `key` alone: resuming needs no saved generator."""
@@ -95,7 +126,7 @@ class Device:
         if self.kind == "cuda":
             name = torch.cuda.get_device_name()
         elif self.kind == "xla":
-            name = "xla" if self._mesh is None else f"xla ({self.devices} devices, SPMD)"
+            name = "xla" if self._mesh is None else f"xla ({self._mesh.size()} devices, SPMD)"
         else:
             name = f"cpu ({torch.get_num_threads()} threads)"
         return f"{name}, {'bf16' if self.bf16 else 'fp32'}"

@@ -3,11 +3,13 @@
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from pretrain.config import OptimConfig
 from pretrain.engine.device import Device
 
-_FUSED = ("adam", "adamw", "sgd")  # torch's own, which have a one-kernel CUDA form
+_FUSED = ("adam", "adamw", "sgd")  # torch's own, which have a one-kernel form
+_CORRECTED = ("adam", "adamw")
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig, device: Device) -> torch.optim.Optimizer:
@@ -18,8 +20,13 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, device: Device) -> to
     options = dict(optim.options)
     if optim.betas:
         options["betas"] = tuple(optim.betas)
-    if device.kind == "cuda" and optim.name in _FUSED:
+    split = any(isinstance(p, DTensor) for p in module.parameters())  # FSDP's; one kernel does not take both kinds
+    if device.kind != "xla" and not split and optim.name in _FUSED:
         options.setdefault("fused", True)
+    if device.kind == "xla" and optim.name in _CORRECTED:
+        # Steps are counted on the device. Else the bias corrections are numbers in the program, and XLA makes constants
+        # of ones: it would compile the step again when they round to 1 (with beta2 = 0.999 after 16,000 steps).
+        options.setdefault("capturable", True)
     return create_optimizer_v2(
         module, opt=optim.name, lr=0.0, weight_decay=optim.weight_decay, filter_bias_and_bn=True, **options
     )

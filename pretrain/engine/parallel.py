@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pretrain.objectives import Objective
 
+_PER_DEVICE = ("fused", "capturable", "foreach")  # options of torch's optimisers that a saved state also carries
+
 
 def shard(objective: Objective) -> None:
     """Spread parameters, gradients and optimiser state over all processes, in place, one group per block.
@@ -44,7 +46,7 @@ def plain(value: Any) -> Any:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load a plain optimiser state, cut as the parameters are."""
+    """Load a plain optimiser state, cut as the parameters are; how a device computes the update stays as it is here."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     split = {}
     for index, values in state["state"].items():
@@ -55,7 +57,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
             else value
             for name, value in values.items()
         }
-    optimizer.load_state_dict({**state, "state": split})
+    groups = [
+        {**saved, **{name: here[name] for name in _PER_DEVICE if name in here}}
+        for saved, here in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": split, "param_groups": groups})
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

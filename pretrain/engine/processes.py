@@ -5,8 +5,9 @@ One process is the common case, and then nothing here costs anything. `torchrun`
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,9 @@ class Processes:
         rank: 0-based; rank 0 writes files and prints.
         world: how many there are; each takes its part of every batch.
         local_rank: which of this machine's devices is this process's.
-        kind: one, torch (torch.distributed) or xla (torch_xla.launch).
+        kind: one, torch (torch.distributed), xla (torch_xla.launch), or spmd: the hosts of torch-xla's single-program
+            mode. There a process loads its part of every batch, but tensors, losses and gradients on the device are the
+            global ones already, so that nothing needs gathering or averaging; and what one process computes, all must.
     """
 
     rank: int = 0
@@ -34,6 +37,16 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this process writes the run folder."""
         return self.rank == 0
+
+    @property
+    def one_program(self) -> bool:
+        """Whether the devices wait for every process to start the same computation, evaluation included."""
+        return self.kind == "spmd"
+
+    @property
+    def draw(self) -> int:
+        """Part of the key of random draws: each process draws its own rows, one program draws the global ones."""
+        return 0 if self.one_program else self.rank
 
     def share(self, batch_size: int, name: str) -> int:
         """This process's part of a batch.
@@ -48,7 +61,7 @@ class Processes:
         return batch_size // self.world
 
     def wait(self) -> None:
-        """Return when every process is here."""
+        """Return when every process is here; hosts of one program meet in its next computation anyway."""
         if self.kind == "torch":
             dist.barrier()
         elif self.kind == "xla":
@@ -85,27 +98,55 @@ class Processes:
             xm.all_reduce(xm.REDUCE_SUM, gradients, scale=1 / self.world)
 
 
-def join_processes(parallel: str, on_cuda: bool) -> Processes:
+def start_processes(function: Callable, *arguments: Any) -> None:
+    """Call `function(number, *arguments)` in a process for each TPU core of this host, and wait for them.
+
+    Args:
+        function: at the top level of a module: the processes import it again.
+        arguments: that can be pickled.
+
+    Raises:
+        ConfigError: if torch-xla is not installed, or sees no TPU (on its CPU device the processes would wait for each
+            other for ever).
+    """
+    try:
+        import torch_xla
+        import torch_xla.runtime as xr
+    except ImportError as error:
+        raise ConfigError(
+            "run.parallel is processes and torch-xla is not installed: pip install 'reclip-ovd[tpu]'"
+        ) from error
+    if (kind := xr.device_type()) != "TPU":  # read from the environment: the device itself is the processes' to open
+        raise ConfigError(f"run.parallel is processes, which needs a TPU, and torch-xla runs on {kind} here: use spmd")
+    torch_xla.launch(function, args=arguments)
+
+
+def join_processes(parallel: str, on_cuda: bool, spmd: bool = False) -> Processes:
     """Join the other processes of this training, if the launcher started any.
 
     Args:
         parallel: `run.parallel`.
         on_cuda: whether the devices are GPUs (NCCL; gloo otherwise).
+        spmd: whether the device is torch-xla's in single-program mode (`Device.spmd`).
 
     Raises:
         ConfigError: if the launcher and `run.parallel` disagree.
     """
+    if spmd:
+        import torch_xla.runtime as xr
+
+        return Processes(xr.process_index(), xr.process_count(), kind="spmd" if xr.process_count() > 1 else "one")
     if parallel == "processes":
         import torch_xla.runtime as xr
 
         return Processes(xr.global_ordinal(), xr.world_size(), xr.local_ordinal(), "xla")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or parallel == "spmd":
+    if world == 1:
         if parallel in ("ddp", "fsdp") and "RANK" not in os.environ:
             raise ConfigError(
                 f"run.parallel is {parallel}: start with `torchrun --nproc-per-node N tools/pretrain.py …`"
             )
-        if "RANK" not in os.environ or parallel == "spmd":
+        if "RANK" not in os.environ:
             return Processes()
     if parallel == "one":
         raise ConfigError(f"run.parallel is one, but torchrun started {world} processes: use auto, ddp or fsdp")

@@ -91,7 +91,7 @@ class TrainStep:
         return norm
 
     def _draw(self, step: int, piece: int) -> None:
-        self.device.seed(self._seed, step, self.processes.rank, piece)
+        self.device.seed(self._seed, step, self.processes.draw, piece)
 
     def _at_once(self, batch: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
         self._draw(step, 0)
@@ -114,7 +114,9 @@ class TrainStep:
         with self.device.autocast():
             output = self.objective.loss(features)
         output["loss"].backward()
-        gradients = {name: value.grad.split(self._micro) for name, value in features.items() if value.grad is not None}
+        # Of several hosts in one program, a piece has the rows of all.
+        rows = len(next(iter(cached[0].values())))
+        gradients = {name: value.grad.split(rows) for name, value in features.items() if value.grad is not None}
         self.device.cut()
         for index, piece in enumerate(pieces):
             self._draw(step, index)  # the same dropped tokens, crops and so on as in the first pass

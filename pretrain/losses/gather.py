@@ -5,6 +5,7 @@ nothing happens (XLA's single-program mode is one process: its compiler inserts 
 looked at only if the program has imported it.
 """
 
+import os
 import sys
 
 import torch
@@ -70,7 +71,8 @@ class _XlaGather(torch.autograd.Function):
 
 def _xla_runtime():
     """torch-xla's runtime module if several processes run on it, else None."""
-    if sys.modules.get("torch_xla") is None:
+    # Imported but without a device of its own (PJRT_DEVICE is set where there is one): training is elsewhere.
+    if sys.modules.get("torch_xla") is None or "PJRT_DEVICE" not in os.environ:
         return None
     import torch_xla.runtime as runtime
 

@@ -1,0 +1,308 @@
+"""A study: pretraining runs that differ in a few settings, each over several seeds, all judged alike.
+
+Every run is a resumable run folder whose name follows from its configuration and data: a run whose result is there is
+skipped, a stopped one continues, and one whose configuration has changed starts afresh beside the old one. The table
+and the plot are made in study_report.py.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from pretrain.atomic import write_atomically
+from pretrain.config import (
+    ConfigError,
+    EvaluationConfig,
+    PretrainConfig,
+    RunConfig,
+    load_config,
+    options_from_dict,
+    to_yaml,
+)
+from pretrain.data.pairs import load_pairs
+from pretrain.engine.checkpoint import STATE_FILE
+from pretrain.engine.cost import describe_towers, phase_cost
+from pretrain.engine.device import Device
+from pretrain.engine.run_folder import describe_environment, file_fingerprint, git_revision
+from pretrain.engine.train import Trainer
+from pretrain.evaluation.zero_shot import evaluate_zero_shot
+from pretrain.modeling.checkpoint import CONFIG_FILE, load_checkpoint
+from pretrain.modeling.clip import set_context_length, set_image_size
+
+RESULT_FILE = "result.json"
+
+
+@dataclass
+class RunSpec:
+    """One way to train."""
+
+    name: str = ""
+    label: str = ""  # in the table and the plot; empty: the name
+    config: str = ""  # a file of configs/pretrain; empty: the study's
+    overrides: dict[str, Any] = field(default_factory=dict)  # dotted field: its value over the configuration's
+    seeds: list[int] = field(default_factory=list)  # empty: the study's
+    also_at: list[int] = field(default_factory=list)  # image sizes to judge at besides the study's
+
+
+@dataclass
+class StudyConfig:
+    """What a study file can hold. Paths are relative to the working folder."""
+
+    title: str = ""
+    notes: list[str] = field(default_factory=list)  # what a reader of the table must know, a paragraph each
+    config: str = ""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    image_size: int = 160  # pixels at which every run is judged, whatever it was trained at
+    split: str = "test"  # the one that differences, aim and plot are about
+    baseline: str = "baseline"  # the run that the others are compared with
+    aim_points: float = 1.0  # may be this many points of top-1 below the baseline …
+    aim_ratio: float = 6.0  # … in this many times less training time
+    output: str = "runs/study"  # run folders
+    report: str = "studies/study.md"  # the table; the plot lies beside it
+    runs: list[RunSpec] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run with one seed.
+
+    Attributes:
+        config: complete; its `run.output` is the run folder.
+        sizes: image sizes to judge at, the study's first.
+    """
+
+    spec: RunSpec
+    seed: int
+    config: PretrainConfig
+    sizes: tuple[int, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.run.output)
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.spec.name} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of a job.
+
+    Attributes:
+        train_seconds: sum of the training steps' times, waiting for data included; evaluation, saving and start-up not.
+        training_flops: both towers, forward and backward, computed from the configuration (engine/cost.py).
+        zero_shot: by image size (as text) and split, the fields of `ZeroShotResult`.
+        judged: what the evaluation depended on; another value makes it stale.
+    """
+
+    train_seconds: float
+    training_flops: int
+    zero_shot: dict[str, dict[str, dict[str, float]]]
+    judged: str
+    date: str
+    machine: str
+    git_revision: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, read and checked; jobs in the order to run them: one seed of everything first."""
+
+    path: Path
+    config: StudyConfig
+    jobs: list[Job]
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study file and the configuration of each of its runs.
+
+    Raises:
+        ConfigError: for a missing file, an unknown field, a name given twice, or a run that cannot be configured.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError(f"no study file {path}{f'; did you mean {path.with_name(near[0])}?' if near else ''}")
+    try:
+        node = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # the YAML parser's own errors have many types
+        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    study: StudyConfig = options_from_dict(StudyConfig, node, "study")
+    _check(study)
+    jobs = []
+    for place in range(max(len(spec.seeds or study.seeds) for spec in study.runs)):
+        for spec in study.runs:
+            seeds = spec.seeds or study.seeds
+            if place < len(seeds):
+                jobs.append(_make_job(study, spec, seeds[place]))
+    return Study(path, study, jobs)
+
+
+def _check(study: StudyConfig) -> None:
+    names = [spec.name for spec in study.runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not names or "" in names or twice:
+        raise ConfigError(f"study.runs: {f'{twice[0]!r} occurs twice' if twice else 'a run has no name'}; name each")
+    if study.baseline not in names:
+        raise ConfigError(f"study.baseline {study.baseline!r} is not among the runs: {', '.join(names)}")
+    if not study.seeds:
+        raise ConfigError("study.seeds: at least one is needed")
+
+
+def _make_job(study: StudyConfig, spec: RunSpec, seed: int) -> Job:
+    """Load a run's configuration and give it its folder."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in spec.overrides.items()]  # YAML reads JSON
+    try:
+        config = load_config(spec.config or study.config, [*overrides, f"run.seed={seed}"])
+    except ConfigError as error:
+        raise ConfigError(f"run {spec.name}: {error}") from error
+    if study.split not in config.evaluation.splits:
+        raise ConfigError(
+            f"run {spec.name}: study.split {study.split!r} is not among evaluation.splits {config.evaluation.splits}"
+        )
+    folder = Path(study.output) / f"{spec.name}-seed{seed}-{training_key(config)[:8]}"
+    config = replace(config, run=replace(config.run, output=str(folder)))
+    return Job(spec, seed, config, tuple(dict.fromkeys([study.image_size, *spec.also_at])))
+
+
+def training_key(config: PretrainConfig) -> str:
+    """Hexadecimal digest of all that training depends on: the settings and the table's content."""
+    writing = RunConfig()
+    run = replace(config.run, output="", log_every=writing.log_every, checkpoint_every=writing.checkpoint_every)
+    table = Path(config.data.table)
+    parts = [
+        to_yaml(replace(config, evaluation=EvaluationConfig(), run=run)),
+        file_fingerprint(table) if table.is_file() else "",
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _judged(job: Job) -> str:
+    """What evaluation depends on besides the weights."""
+    return json.dumps([job.config.evaluation.splits, job.config.evaluation.templates, sorted(job.sizes)])
+
+
+def read_result(job: Job) -> Result | None:
+    """A finished job's result; None if it has none, or one that was judged otherwise than now asked for."""
+    try:
+        result = Result(**json.loads((job.folder / RESULT_FILE).read_text()))
+    except (OSError, json.JSONDecodeError, TypeError):
+        return None
+    return result if result.judged == _judged(job) else None
+
+
+def progress(job: Job) -> str:
+    """done, trained (to be judged), started or missing."""
+    if read_result(job):
+        return "done"
+    if (job.folder / "checkpoint" / CONFIG_FILE).is_file():
+        return "trained"
+    return "started" if (job.folder / STATE_FILE).is_file() else "missing"
+
+
+def choose(study: Study, only: Iterable[str]) -> list[Job]:
+    """The jobs of the named runs; all where no name is given.
+
+    Raises:
+        ConfigError: for a name that the study does not have.
+    """
+    only, names = list(only), [spec.name for spec in study.config.runs]
+    for name in only:
+        if name not in names:
+            raise ConfigError(f"the study has no run {name!r}: {', '.join(names)}")
+    return [job for job in study.jobs if not only or job.spec.name in only]
+
+
+def run_job(job: Job) -> Result:
+    """Train (or continue), judge, and store the result; a job whose result is there is not touched.
+
+    Raises:
+        ConfigError: for data or settings that cannot be used.
+        FloatingPointError: if the loss is no longer finite.
+    """
+    done = read_result(job)
+    if done:
+        return done
+    if not (job.folder / "checkpoint" / CONFIG_FILE).is_file():
+        # Judged afterwards, from the checkpoint, so that all runs are judged at one size by one piece of code.
+        training = replace(job.config, evaluation=replace(job.config.evaluation, splits=[], every=0))
+        Trainer(training, resume=True).train()
+    result = Result(
+        train_seconds=train_seconds(job.folder),
+        training_flops=training_flops(job.config),
+        zero_shot={str(size): judge(job, size) for size in job.sizes},
+        judged=_judged(job),
+        date=time.strftime("%Y-%m-%d"),
+        machine=describe_machine(),
+        git_revision=git_revision(),
+    )
+    write_atomically(job.folder / RESULT_FILE, json.dumps(asdict(result), indent=1) + "\n")
+    (job.folder / STATE_FILE).unlink(missing_ok=True)  # three times the weights' size, and not needed any more
+    return result
+
+
+def judge(job: Job, size: int) -> dict[str, dict[str, float]]:
+    """Zero-shot accuracy of a trained job by split, at `size` pixels and the text length it was trained at last."""
+    config = job.config
+    device = Device(config.run.device, config.run.precision).torch_device
+    pairs = load_pairs(replace(config.data, preload=False, backgrounds=None), config.evaluation.splits)
+    model = load_checkpoint(job.folder / "checkpoint").model  # afresh for every size: positions are resampled once
+    if model.visual.image_size[0] != size:
+        set_image_size(model, size)
+    set_context_length(model, config.phases[-1].context_length)
+    model.to(device)
+    found = {}
+    for split, rows in pairs.evaluation.items():
+        found[split] = evaluate_zero_shot(
+            model, rows, pairs.classes, pairs.store, config.evaluation.templates, device
+        ).to_dict()
+    return found
+
+
+def train_seconds(folder: Path) -> float:
+    """The last `train_seconds` of a run's metrics.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    seconds = math.nan
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        seconds = json.loads(line).get("train_seconds", seconds)
+    if math.isnan(seconds):
+        raise ConfigError(f"{path} has no train_seconds: delete {folder} to train this run again")
+    return seconds
+
+
+def training_flops(config: PretrainConfig) -> int:
+    """Of both towers over all phases."""
+    towers = describe_towers(config.model)
+    return sum(phase_cost(phase, towers).training_flops for phase in config.phases)
+
+
+def describe_machine() -> str:
+    """Processor, its cores, accelerator if any, and the versions that decide speed."""
+    about = describe_environment()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.machine()
+    accelerator = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return (
+        f"{accelerator}{about['cpus']} cores of {model}, Python {about['python']}, PyTorch {about['torch']}, "
+        f"timm {about.get('timm', '-')}, {torch.get_num_threads()} threads"
+    )
