@@ -9,5 +9,5 @@ from .mini_lvis import data, evaluation, model, optimizer, schedule, text, train
 
 model.image_text = "runs/pretrain_mini_kept/checkpoint"
 train.output = "runs/detector_mini_kept"
-train.max_iter = 1400
+train.max_iter = 2200
 train.half = True
