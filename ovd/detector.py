@@ -24,8 +24,12 @@ from torch import Tensor
 from ovd.data.images import read_image
 from ovd.data.mapper import ResizeLongestSide
 from ovd.detections import Detections
-from ovd.modeling.rcnn import DetectorConfig, OpenVocabularyRCNN, build_detector
-from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary, load_embeddings
+from ovd.explanation import Explanation, explain_box, explain_detection
+from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
+from ovd.text.diagnostics import NEAR_DUPLICATE, VocabularyDiagnosis, diagnose_vocabulary
+from ovd.text.embedding_file import SUFFIX, load_embeddings, read_info
+from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary
 from ovd.text.vocabulary import Vocabulary, normalize_word, prompt_phrase
 from pretrain.atomic import replacing, write_atomically
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
@@ -56,6 +60,9 @@ class OpenVocabularyDetector:
         self.image_text = image_text
         self.base_names = tuple(base_names)
         self.vocabulary: Vocabulary | None = None
+        self.competitors: tuple[str, ...] = ()  # words that take part in the scores and are not reported
+        self._prompted: tuple[tuple[str, ...], bool] | None = None  # templates and synonyms, None for given embeddings
+        self._memory: dict[tuple[str, ...], Tensor] = {}
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "OpenVocabularyDetector":
@@ -101,48 +108,130 @@ class OpenVocabularyDetector:
 
     def set_vocabulary(
         self,
-        words: "Vocabulary | str | Path | Iterable[str]",
+        words: "Vocabulary | str | Path | Iterable[str] | None" = None,
         base_words: Iterable[str] | None = None,
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         embeddings: Tensor | np.ndarray | str | Path | None = None,
         competitors: bool = True,
+        use_synonyms: bool = False,
     ) -> Vocabulary:
-        """Change the words to look for; nothing is trained.
+        """Change the words to look for; nothing is trained, and no weight changes.
 
         Args:
-            words: "cat, dog", a list, or a path to a .txt (one word a line) or .json (LVIS, COCO) file.
+            words: "cat, dog", a list, or a path to a .txt (one word a line) or .json (LVIS, COCO) file; None takes the
+                words of the embedding file.
             base_words: words to treat as trained on; None takes the categories that the detector was trained on.
             templates: prompts for the text tower.
-            embeddings: use these instead of the text tower: (C, D), or a path to a .npy file.
+            embeddings: use these instead of the text tower: (C, D), or a path to a file of tools/embed_vocabulary.py
+                (which must have been made by this detector's text tower) or to a .npy matrix.
             competitors: let the categories trained on compete for the scores without being reported, so that a peach
-                is not called a taco for want of a better word. Not with given embeddings.
+                is not called a taco for want of a better word. Not with given matrices, which may come from elsewhere.
+            use_synonyms: average over all phrases of a word that the .json file gives.
 
         Returns:
             The vocabulary; labels of detections index its words.
+
+        Raises:
+            ValueError: no words, or embeddings that do not belong to these words or to this detector.
         """
+        own_file = isinstance(embeddings, (str, Path)) and Path(embeddings).suffix.lower() == SUFFIX
+        if words is None:
+            if not own_file:
+                raise ValueError(f"no words were given; give some, or a {SUFFIX} file of embeddings that names its own")
+            words = read_info(embeddings).vocabulary
         vocabulary = Vocabulary.parse(words)
-        competitors = competitors and embeddings is None  # a given matrix may come from another text tower
-        if isinstance(embeddings, (str, Path)):
-            embeddings = load_embeddings(embeddings, len(vocabulary), self.image_text.embed_dim)
-        elif embeddings is not None:
-            embeddings = torch.as_tensor(embeddings)
-            if len(embeddings) != len(vocabulary):
-                raise ValueError(
-                    f"{len(embeddings)} embeddings for {len(vocabulary)} words; give one row for each word"
-                )
-        else:
-            embeddings = embed_vocabulary(vocabulary, self.image_text, templates)
+        competitors = competitors and (embeddings is None or own_file)
+        if own_file:
+            info = read_info(embeddings)
+            templates, use_synonyms = info.templates, info.use_synonyms
+        prompted = (tuple(templates), use_synonyms) if embeddings is None or own_file else None
+        rows = self._embeddings(vocabulary, embeddings, templates, use_synonyms)
         names = self.base_names if base_words is None else base_words
         known = {form for name in names for form in (normalize_word(name), normalize_word(prompt_phrase(name)))}
         is_base = torch.tensor([normalize_word(word) in known for word in vocabulary.words])
-        others = [n for n in self.base_names if normalize_word(prompt_phrase(n)) not in self._forms(vocabulary)]
-        if competitors and others:
-            rest = embed_vocabulary(Vocabulary.from_words(others), self.image_text, templates)
-            embeddings = torch.cat([embeddings.to(rest), rest])
+        forms = self._forms(vocabulary)
+        others = [n for n in self.base_names if normalize_word(prompt_phrase(n)) not in forms] if competitors else []
+        others = list(Vocabulary.from_words(others).words) if others else []
+        if others:
+            rest = embed_vocabulary(
+                Vocabulary.from_words(others), self.image_text, templates, use_synonyms, memory=self._memory
+            )
+            rows = torch.cat([rows.to(rest), rest])
             is_base = torch.cat([is_base, torch.ones(len(rest), dtype=torch.bool)])
-        self.model.set_text_embeddings(embeddings, is_base, num_reported=len(vocabulary))
-        self.vocabulary = vocabulary
+        self.model.set_text_embeddings(rows, is_base, num_reported=len(vocabulary))
+        self.vocabulary, self.competitors, self._prompted = vocabulary, tuple(others), prompted
         return vocabulary
+
+    def _embeddings(
+        self,
+        vocabulary: Vocabulary,
+        given: Tensor | np.ndarray | str | Path | None,
+        templates: Sequence[str],
+        use_synonyms: bool,
+    ) -> Tensor:
+        """(C, D) embeddings of the words: those given, or the text tower's."""
+        if given is None:
+            return embed_vocabulary(vocabulary, self.image_text, templates, use_synonyms, memory=self._memory)
+        if isinstance(given, (str, Path)):
+            return load_embeddings(given, vocabulary, self.image_text)
+        given = torch.as_tensor(given)
+        if len(given) != len(vocabulary):
+            raise ValueError(f"{len(given)} embeddings for {len(vocabulary)} words; give one row for each word")
+        return given
+
+    def diagnose(self, threshold: float = NEAR_DUPLICATE) -> VocabularyDiagnosis:
+        """Look for words that this detector can hardly tell apart, read in full, or tell from background.
+
+        Args:
+            threshold: cosine from which two words count as near-duplicates.
+        """
+        vocabulary, classifier = self._vocabulary(), self.model.roi_heads.box_predictor.cls_score
+        templates, use_synonyms = self._prompted or (DEFAULT_TEMPLATES, False)
+        return diagnose_vocabulary(
+            vocabulary,
+            classifier.text_embeddings[: len(vocabulary)],
+            self.image_text.tokenizer if self._prompted else None,
+            templates,
+            use_synonyms,
+            background=getattr(classifier, "background_embedding", None),
+            threshold=threshold,
+        )
+
+    def explain(
+        self, image: Any, box: Sequence[float] | None = None, index: int | None = None, top: int = 10
+    ) -> Explanation:
+        """Say how the scores of one region came about; `print` the result for a table.
+
+        Args:
+            image: a picture, as for `predict`.
+            box: x1 y1 x2 y2 in pixels of the upright picture: this region is scored as if it had been proposed.
+            index: place of a detection of `predict`, best first, instead of a box.
+            top: words to list, best first; words that only compete are among them.
+
+        Raises:
+            ValueError: neither or both of box and index, an index beyond the detections, or a box outside the picture.
+        """
+        if (box is None) == (index is None):
+            raise ValueError("explain wants one region: give either box or index")
+        words = self._vocabulary().words + self.competitors
+        inputs = self._inputs(image)
+        if box is not None:
+            return explain_box(self.model, inputs, words, box, top)
+        return explain_detection(self.model, inputs, words, index, top)
+
+    def _vocabulary(self) -> Vocabulary:
+        if self.vocabulary is None:
+            raise ValueError("the detector has no vocabulary yet; call set_vocabulary first")
+        return self.vocabulary
+
+    def _inputs(self, image: Any) -> dict[str, Any]:
+        """What the network wants of a picture: "image" (3, H, W) at its own size, "height", "width" of the original."""
+        pixels = read_image(image)
+        height, width = pixels.shape[:2]
+        resized = ResizeLongestSide(self.model.architecture.image_size).get_transform(pixels).apply_image(pixels)
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        self.model.eval()
+        return {"image": tensor, "height": height, "width": width}
 
     @staticmethod
     def _forms(vocabulary: Vocabulary) -> set[str]:
@@ -168,16 +257,10 @@ class OpenVocabularyDetector:
             ValueError: no vocabulary is set.
             ImageError: the picture cannot be read.
         """
-        if self.vocabulary is None:
-            raise ValueError("the detector has no vocabulary yet; call set_vocabulary first")
+        words = self._vocabulary().words
         if isinstance(image, (list, tuple)):
             return [self.predict(one, score_threshold, max_detections) for one in image]
-        pixels = read_image(image)
-        height, width = pixels.shape[:2]
-        resized = ResizeLongestSide(self.model.architecture.image_size).get_transform(pixels).apply_image(pixels)
-        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        inputs = {"image": tensor, "height": height, "width": width}
-        self.model.eval()
+        inputs = self._inputs(image)
         outputs = self.model.inference([inputs], min_score=score_threshold, max_detections=max_detections)
         instances = outputs[0]["instances"].to("cpu")
         labels = instances.pred_classes.numpy()
@@ -185,9 +268,9 @@ class OpenVocabularyDetector:
             boxes=instances.pred_boxes.tensor.numpy(),
             scores=instances.scores.numpy(),
             labels=labels,
-            names=[self.vocabulary.words[i] for i in labels],
+            names=[words[i] for i in labels],
             masks=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
-            image_size=(height, width),
+            image_size=(inputs["height"], inputs["width"]),
         )
 
 

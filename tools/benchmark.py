@@ -1,4 +1,4 @@
-"""Measure this machine beside open_clip: `data` the loader, in images/s per core; `train` the training step.
+"""Measure this machine beside others: `data` loading, `train` a step (open_clip); `evaluation` LVIS boxes (lvis).
 
 python tools/benchmark.py train [--image-size 64 160]
 python tools/benchmark.py train --schedule configs/pretrain/reclip_s16_64px_550k_ft20k.yaml
@@ -99,12 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_data_command(commands)
-    add_train_command(commands)
-    options = parser.parse_args(arguments)
+    from ovd.evaluation.benchmark import add_evaluation_command  # needs neither torch nor Detectron2
 
-    # Imported here so that --help and typing errors answer at once.
-    from pretrain.config import ConfigError
+    for add_command in (add_data_command, add_train_command, add_evaluation_command):
+        add_command(commands)
+    options = parser.parse_args(arguments)
+    from pretrain.config import ConfigError  # here, so that --help and typing errors answer at once
 
     try:
         options.run(options)

@@ -49,11 +49,11 @@ def run(options: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* are cut short", category=UserWarning)  # in the diagnosis below
         embeddings = embed_vocabulary(vocabulary, model, templates, synonyms)
-    save_embeddings(options.output, embeddings, vocabulary, model, templates, synonyms)
     background, source = background_of(options.checkpoint, model)
     findings = diagnose_vocabulary(
         vocabulary, embeddings, model.tokenizer, templates, synonyms, background, options.threshold
     )
+    save_embeddings(options.output, embeddings, vocabulary, model, templates, synonyms)
     print(findings.to_text(), end="")
     print(f"background: {source}")
     print(f"embeddings: {options.output} ({len(vocabulary)} words, {model.embed_dim} dimensions)")

@@ -1,4 +1,7 @@
-"""Build data sets: `python tools/prepare_data.py mini` makes the miniature (drawings, captions, scenes, LVIS files)."""
+"""Build or check data sets: `python tools/prepare_data.py mini` makes the miniature (drawings, captions, LVIS files).
+
+`lvis`, `coco` and `custom` check your own download and write training files without the novel classes.
+"""
 
 import argparse
 import os
@@ -37,9 +40,54 @@ def build_mini(options: argparse.Namespace) -> None:
         print(f"{options.root / name}")
 
 
+def check_lvis(options: argparse.Namespace) -> None:
+    """LVIS v1: counts, pictures, base-only training file."""
+    from ovd.data.lvis_v1 import prepare_lvis, report_lines
+
+    print("\n".join(report_lines(prepare_lvis(options.root, options.images, options.sample))))
+
+
+def check_coco(options: argparse.Namespace) -> None:
+    """OV-COCO: 48 base and 17 novel classes of COCO 2017."""
+    from ovd.data.coco import prepare_coco
+
+    for part in prepare_coco(options.root, options.images, options.sample).values():
+        print(
+            f"{part['path']}: {part['categories']} classes, {part['images']:,} pictures, {part['annotations']:,} boxes"
+        )
+        print(f"  {len(part['missing']):,} missing; {len(part['unusable'])} of {part['sampled']} opened do not fit")
+
+
+def check_custom(options: argparse.Namespace) -> None:
+    """A COCO-format file of one's own."""
+    from ovd.data.custom import prepare_custom
+
+    novel, base = ([w.strip() for w in words.split(",") if w.strip()] for words in (options.novel, options.base))
+    report = prepare_custom(options.annotations, options.images, options.root, novel, base or None, options.sample)
+    print(*(f"{key}: {value}" for key, value in report.items()), sep="\n")
+
+
+def add_checks(sets: argparse._SubParsersAction) -> None:
+    """The commands for data of one's own."""
+    lvis = sets.add_parser("lvis", help="check LVIS v1 and write its base-only training file")
+    coco = sets.add_parser("coco", help="check COCO 2017 and write OV-COCO's files (48 base, 17 novel classes)")
+    custom = sets.add_parser("custom", help="check a COCO-format file and split its classes")
+    custom.add_argument("--annotations", required=True, help="COCO-format JSON file")
+    custom.add_argument("--novel", default="", help="novel classes by name, with commas (default: none)")
+    custom.add_argument("--base", default="", help="base classes by name, with commas (default: all others)")
+    custom.add_argument("--root", type=Path, required=True, help="folder for the files to write")
+    custom.add_argument("--images", required=True, help="folder that the pictures' names are relative to")
+    for name, parser in (("lvis", lvis), ("coco", coco)):
+        parser.add_argument("--root", type=Path, default=Path(f"data/{name}"), help="of the download (%(default)s)")
+        parser.add_argument("--images", help="folder with train2017 and val2017 (default: the root)")
+    for parser, work in ((lvis, check_lvis), (coco, check_coco), (custom, check_custom)):
+        parser.add_argument("--sample", type=int, default=200, help="pictures to open (default: %(default)s)")
+        parser.set_defaults(work=work)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse, build, print where things are."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sets = parser.add_subparsers(dest="data", required=True)
     mini = sets.add_parser("mini", help="the miniature: real drawings with LVIS's names, about 170 MB, 2 minutes")
     mini.add_argument("--root", type=Path, default=Path("data/mini"), help="where to put it (default: %(default)s)")
@@ -51,12 +99,14 @@ def main(arguments: list[str] | None = None) -> int:
     mini.add_argument(
         "--full", action="store_true", help="add Debian's stamps, furniture renders and photographs (330 MB)"
     )
+    mini.set_defaults(work=build_mini)
+    add_checks(sets)
     options = parser.parse_args(arguments)
 
     from pretrain.data.npm_archives import FetchError
 
     try:
-        build_mini(options)
+        options.work(options)
     except (FetchError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,7 @@
-"""Train or evaluate a detector: `python tools/train_net.py --config configs/ovd/mini_lvis.py [key=value …]`."""
+"""Train or evaluate a detector: `python tools/train_net.py --config configs/ovd/mini_lvis.py [key=value …]`.
+
+Several processes: `--num-gpus 8`, or `torchrun --nproc-per-node 8 tools/train_net.py …`, also over several machines.
+"""
 
 import argparse
 import sys
@@ -37,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, print where the output went."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", "--config-file", required=True, help="LazyConfig file below configs/ovd")
     parser.add_argument("--resume", action="store_true", help="continue the run in train.output")
     parser.add_argument("--eval-only", action="store_true", help="evaluate train.output/detector, or --detector")
@@ -46,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.max_iter=100")
     options = parser.parse_args(arguments)
 
-    from detectron2.engine import launch
+    from ovd.engine.processes import run_in_processes
 
     try:
-        launch(run, options.num_gpus, dist_url="auto", args=(options,))
+        run_in_processes(run, options.num_gpus, (options,))
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

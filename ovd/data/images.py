@@ -25,11 +25,11 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names it and the reason."""
 
 
-def read_image(source: ImageSource) -> np.ndarray:
+def read_image(source: ImageSource, upright: bool = True) -> np.ndarray:
     """Read a picture as upright RGB.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit values are scaled to 8 bit, and of an animation
-    the first frame is taken.
+    EXIF orientation is applied (unless `upright` is off: pixels as stored), transparency is laid on white, 16-bit
+    values are scaled to 8 bit, and of an animation the first frame is taken.
 
     Args:
         source: path, encoded bytes, PIL image, or uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) in RGB order.
@@ -44,7 +44,7 @@ def read_image(source: ImageSource) -> np.ndarray:
         return _from_array(source)
     name = _describe(source)
     if isinstance(source, Image.Image):
-        return _decode(source, name)
+        return _decode(source, name, upright)
     stream: io.BytesIO | Path
     if isinstance(source, bytes | bytearray):
         if not source:
@@ -62,7 +62,7 @@ def read_image(source: ImageSource) -> np.ndarray:
         )
     try:
         with Image.open(stream) as image:
-            return _decode(image, name)
+            return _decode(image, name, upright)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -75,7 +75,7 @@ def read_image(source: ImageSource) -> np.ndarray:
         raise ImageError(f"{name} cannot be decoded: {error}") from error
 
 
-def _decode(image: Image.Image, name: str) -> np.ndarray:
+def _decode(image: Image.Image, name: str, turn: bool) -> np.ndarray:
     width, height = image.size
     if width == 0 or height == 0:
         raise ImageError(f"{name} has no pixels ({width} x {height})")
@@ -85,8 +85,7 @@ def _decode(image: Image.Image, name: str) -> np.ndarray:
         if getattr(image, "n_frames", 1) > 1:
             image.seek(0)
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        return np.ascontiguousarray(_to_rgb(upright, name))
+        return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(image) if turn else image, name))
     except ImageError:
         raise
     except _DECODER_ERRORS as error:

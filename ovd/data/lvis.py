@@ -7,6 +7,7 @@ own loader is not used because it only takes polygons. Evaluation is in `ovd.eva
 
 import functools
 import json
+import logging
 import re
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+
+logger = logging.getLogger(__name__)
 
 _BOX_TOLERANCE = 2.0  # pixels; LVIS itself rounds boxes to 0.01 px and has polygons a little over the border
 
@@ -35,14 +38,16 @@ def normalise_name(name: str, keep_qualifier: bool = False) -> str:
     return " ".join(text.split())
 
 
-def read_ground_truth(path: str | Path) -> dict[str, Any]:
+def read_ground_truth(path: str | Path, drop_empty_boxes: bool = False) -> dict[str, Any]:
     """Read and check an LVIS (or COCO) annotation file.
 
     Args:
         path: JSON file with `images`, `annotations`, `categories`.
+        drop_empty_boxes: leave out annotations without width or height, with a warning that counts them (COCO's own
+            training file has some), in place of an error.
 
     Returns:
-        The parsed file, unchanged.
+        The parsed file, otherwise unchanged.
 
     Raises:
         FileNotFoundError: no such file; the message says which command makes it.
@@ -63,11 +68,20 @@ def read_ground_truth(path: str | Path) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(ground_truth, dict) or not isinstance(ground_truth.get(key), list):
             raise ValueError(f"{path} has no list {key!r}: it is not an LVIS or COCO annotation file")
+    if drop_empty_boxes:
+        _drop_empty_boxes(path, ground_truth)
     if not ground_truth["annotations"]:
         raise ValueError(f"{path} has no annotation: a file without a single box can neither train nor be evaluated")
     _check_categories(path, ground_truth["categories"])
     _check_annotations(path, ground_truth)
     return ground_truth
+
+
+def _drop_empty_boxes(path: Path, ground_truth: dict) -> None:
+    kept = [a for a in ground_truth["annotations"] if not (len(a.get("bbox") or ()) == 4 and min(a["bbox"][2:]) <= 0)]
+    if dropped := len(ground_truth["annotations"]) - len(kept):
+        logger.warning("%s: %d annotations whose box has no width or no height are left out", path, dropped)
+    ground_truth["annotations"] = kept
 
 
 def _check_categories(path: Path, categories: list[dict]) -> None:
@@ -158,7 +172,8 @@ def filter_to_base(ground_truth: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     return {**ground_truth, "categories": base, "annotations": annotations, "images": images}, report
 
 
-def _picture_path(image: dict, image_root: Path) -> str:
+def picture_path(image: dict, image_root: Path) -> str:
+    """Where an image entry's picture lies: by `file_name`, or by the last two parts of `coco_url`."""
     if image.get("file_name"):
         return str(image_root / image["file_name"])
     if image.get("coco_url"):  # LVIS v1: …/train2017/000000155379.jpg
@@ -175,9 +190,10 @@ def load_lvis(json_path: str | Path, image_root: str | Path) -> tuple[list[dict]
 
     Returns:
         dataset dicts, by image id (boxes XYWH_ABS in pixels, `category_id` contiguous, `segmentation` as in the file,
-        federated lists as LVIS ids), and metadata: `thing_classes`, `thing_dataset_id_to_contiguous_id`,
-        `class_image_count` (Detectron2's federated loss reads it), `frequencies`, `is_base`, `synonyms`, `json_file`,
-        `image_root`, `evaluator_type`. Class i is the i-th category by id.
+        federated lists as LVIS ids, `verified_classes` the contiguous classes known to be in the picture or not), and
+        metadata: `thing_classes`, `thing_dataset_id_to_contiguous_id`, `class_image_count` (Detectron2's federated loss
+        reads it), `frequencies`, `is_base`, `synonyms`, `json_file`, `image_root`, `evaluator_type`. Class i is the
+        i-th category by id.
     """
     ground_truth, image_root = read_ground_truth(json_path), Path(image_root)
     categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
@@ -191,12 +207,13 @@ def load_lvis(json_path: str | Path, image_root: str | Path) -> tuple[list[dict]
         by_image[a["image_id"]].append(entry)
     records = [
         {
-            "file_name": _picture_path(image, image_root),
+            "file_name": picture_path(image, image_root),
             "image_id": image["id"],
             "height": image["height"],
             "width": image["width"],
             "neg_category_ids": image.get("neg_category_ids", []),
             "not_exhaustive_category_ids": image.get("not_exhaustive_category_ids", []),
+            "verified_classes": _verified(image, by_image[image["id"]], index),
             "annotations": by_image[image["id"]],
         }
         for image in sorted(ground_truth["images"], key=lambda i: i["id"])
@@ -216,6 +233,13 @@ def load_lvis(json_path: str | Path, image_root: str | Path) -> tuple[list[dict]
         "evaluator_type": "lvis",
     }
     return records, metadata
+
+
+def _verified(image: dict, annotations: list[dict], index: dict[int, int]) -> list[int]:
+    """Contiguous classes of which a picture has no instance without a label; of any other class a region may be one."""
+    absent = {index[i] for i in image.get("neg_category_ids", ()) if i in index}
+    incomplete = {index[i] for i in image.get("not_exhaustive_category_ids", ()) if i in index}
+    return sorted((absent | {a["category_id"] for a in annotations}) - incomplete)
 
 
 @functools.lru_cache(maxsize=8)

@@ -116,9 +116,14 @@ class OpenVocabularyMapper:
 
     @staticmethod
     def _read(record: dict[str, Any]) -> np.ndarray:
+        """The upright picture, or its pixels as stored where the annotation's size says that it was made on those."""
         image = read_image(record["file_name"])
         height, width = image.shape[:2]
         expected = (record.setdefault("height", height), record.setdefault("width", width))
+        if expected != (height, width) and expected == (width, height):
+            # A camera's turned picture, annotated with a tool that does not look at EXIF: its boxes are as stored.
+            image = read_image(record["file_name"], upright=False)
+            height, width = image.shape[:2]
         if expected != (height, width):
             raise ImageError(
                 f"picture {record['file_name']} is {width} x {height} pixels, "

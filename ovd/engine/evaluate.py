@@ -1,4 +1,4 @@
-"""Measure a detector by the LVIS protocol, with the text embeddings shuffled beside it as a control.
+"""Measure a detector by the LVIS or COCO protocol, with the text embeddings shuffled beside it as a control.
 
 The control keeps boxes, masks and network and only gives each class another class's text: what remains above it is
 what the words contribute.
@@ -14,6 +14,7 @@ import torch
 from detectron2.evaluation import inference_on_dataset
 
 from ovd.data.lvis import base_novel_split, read_ground_truth
+from ovd.evaluation.coco_evaluator import evaluate_coco_results
 from ovd.evaluation.lvis_evaluator import OpenVocabularyEvaluator
 from ovd.evaluation.results import markdown_table
 from ovd.modeling.rcnn import OpenVocabularyRCNN
@@ -22,6 +23,8 @@ from ovd.text.vocabulary import Vocabulary
 from pretrain.modeling.checkpoint import ImageTextModel
 
 COLUMNS = ("AP", "AP50", "APr", "APc", "APf")
+COCO_COLUMNS = ("AP", "AP50", "AP50_base", "AP50_novel")
+PROTOCOLS = ("lvis", "coco")
 
 
 def derangement(size: int, seed: int = 0) -> np.ndarray:
@@ -42,6 +45,7 @@ def evaluate_detector(
     output: Path,
     use_synonyms: bool = True,
     control: bool = True,
+    protocol: str = "lvis",
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Run the detector over a data set with the data set's own categories as vocabulary.
 
@@ -50,10 +54,19 @@ def evaluate_detector(
         output: folder for results and tables, one sub-folder per row.
         use_synonyms: average the text embeddings of a category's name and synonyms.
         control: also run with shuffled text embeddings.
+        protocol: "lvis" (300 detections a picture, labels may be incomplete as the file says) or "coco" (100 a picture
+            and class, everything is labelled; OV-COCO is measured so). Files of `output` other than the detections are
+            LVIS's either way.
 
     Returns:
-        {"model": {"bbox": metrics, "segm": metrics}, "shuffled text": …}, metrics in 0–1.
+        {"model": {"bbox": metrics, "segm": metrics}, "shuffled text": …}, metrics in 0–1; empty metrics on every
+        process but the first.
+
+    Raises:
+        ValueError: another protocol.
     """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"evaluation.protocol is {protocol!r}: choose {' or '.join(PROTOCOLS)}")
     ground_truth = read_ground_truth(annotations)
     categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
     base = {c["id"] for c in base_novel_split(categories)[0]}
@@ -65,9 +78,15 @@ def evaluate_detector(
     results = {}
     for name, matrix in rows.items():
         model.set_text_embeddings(matrix.to(model.device), is_base.to(model.device))
-        evaluator = OpenVocabularyEvaluator(ground_truth, output / name.replace(" ", "_"))
+        folder = output / name.replace(" ", "_")
+        evaluator = OpenVocabularyEvaluator(ground_truth, folder)
         with _quiet("detectron2.evaluation.evaluator"):
-            results[name] = inference_on_dataset(model, loader, evaluator)
+            # A plain dict: Detectron2 gives an empty OrderedDict or None where another process has the metrics.
+            results[name] = dict(inference_on_dataset(model, loader, evaluator) or {})
+        if protocol == "coco":
+            detections = folder / "detections.json"
+            split = {c["id"]: c["id"] in base for c in categories}
+            results[name] = {t: evaluate_coco_results(ground_truth, detections, split, t) for t in results[name]}
     return results
 
 
@@ -90,4 +109,6 @@ def results_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         for name, tasks in results.items()
         for task, metrics in tasks.items()
     }
-    return markdown_table(rows, columns=COLUMNS, header="LVIS protocol, percent")
+    if all("APr" in metrics for metrics in rows.values()):
+        return markdown_table(rows, columns=COLUMNS, header="LVIS protocol, percent")
+    return markdown_table(rows, columns=COCO_COLUMNS, header="COCO protocol, percent")

@@ -1,22 +1,20 @@
 """Train a detector on base categories: Detectron2's loop and hooks, a leak check before the first step.
 
 Where training starts: (1) the run folder's own state, with --resume; (2) the image-text checkpoint that the config
-names.
+names. A resumed run sees the pictures, crops and sampled regions that it would have seen without the stop.
 """
 
 import copy
 import json
 import logging
-import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
-from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 from omegaconf import OmegaConf
@@ -24,7 +22,11 @@ from omegaconf import OmegaConf
 from ovd.data.leak_check import check_leaks
 from ovd.data.lvis import base_novel_split, read_ground_truth
 from ovd.detector import OpenVocabularyDetector, save_detector
+from ovd.engine.checkpointer import AtomicCheckpointer
 from ovd.engine.evaluate import evaluate_detector, results_table
+from ovd.engine.loader import seed_all
+from ovd.engine.processes import wrap_for_processes
+from ovd.engine.step import DetectorTrainer, autocast_dtype
 from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.text.embeddings import embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
@@ -45,6 +47,7 @@ class BaseVocabulary:
 
     names: list[str]
     embeddings: torch.Tensor  # (C, D), normalised
+    image_counts: list[int]  # training pictures with each class, for federated losses
 
 
 def check_training_data(cfg: Any, output: Path) -> None:
@@ -67,7 +70,8 @@ def check_training_data(cfg: Any, output: Path) -> None:
     synonyms = cfg.text.use_synonyms
     words = [w for c in training["categories"] for w in (c["name"], *(c.get("synonyms", ()) if synonyms else ()))]
     report = check_leaks(training, list(novel.values()), words)
-    write_atomically(output / "leak_check.json", json.dumps(report.to_dict(), indent=1) + "\n")
+    if comm.is_main_process():
+        write_atomically(output / "leak_check.json", json.dumps(report.to_dict(), indent=1) + "\n")
     if not report.ok:
         first = "; ".join(str(f) for f in report.findings[:3])
         raise LeakError(
@@ -79,11 +83,13 @@ def check_training_data(cfg: Any, output: Path) -> None:
 
 def base_vocabulary(cfg: Any, image_text: ImageTextModel) -> BaseVocabulary:
     """Names and text embeddings of the training categories, in the order of their ids."""
-    categories = sorted(read_ground_truth(cfg.data.train_annotations)["categories"], key=lambda c: c["id"])
+    ground_truth = read_ground_truth(cfg.data.train_annotations)
+    categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
+    pictures = Counter(i for i, _ in {(a["category_id"], a["image_id"]) for a in ground_truth["annotations"]})
     embeddings = embed_vocabulary(
         Vocabulary.from_categories(categories), image_text, list(cfg.text.templates), cfg.text.use_synonyms
     )
-    return BaseVocabulary([c["name"] for c in categories], embeddings)
+    return BaseVocabulary([c["name"] for c in categories], embeddings, [pictures[c["id"]] for c in categories])
 
 
 def resolve_device(name: str) -> str:
@@ -91,38 +97,35 @@ def resolve_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def train(cfg: Any, resume: bool = False) -> Path:
     """Train as the config says and return the detector's checkpoint folder.
 
     Reads cfg.model, cfg.data.{train, train_annotations, lvis_ids}, cfg.text.{templates, use_synonyms}, cfg.optimizer,
     cfg.schedule, cfg.evaluation.annotations, cfg.train.{output, max_iter, log_every, checkpoint_every, device, amp,
-    seed, half}.
+    clip_norm, seed, half}.
 
     Raises:
         LeakError: see `check_training_data`.
         ValueError: the folder already holds a run and `resume` is off.
+        FloatingPointError: a loss is not finite; the message has the step and all losses.
     """
     output = Path(cfg.train.output)
     if not resume and (output / "last_checkpoint").exists():
         raise ValueError(f"{output} already holds a run: add --resume to continue it, or set train.output elsewhere")
     output.mkdir(parents=True, exist_ok=True)
-    _seed_everything(cfg.train.seed + comm.get_rank())
+    seed_all(cfg.train.seed)  # the same new weights in every process; the steps seed their own draws
     device = resolve_device(cfg.train.device)
     check_training_data(cfg, output)
     image_text_folder = Path(cfg.model.image_text)
     image_text = load_checkpoint(image_text_folder)
     vocabulary = base_vocabulary(cfg, image_text)
     annotations = cfg.data.train_annotations
-    run = RunFolder(output, OmegaConf.to_yaml(_plain(cfg)), {annotations: file_fingerprint(annotations)})
-    run.close()  # Detectron2's writers log from here on
+    if comm.is_main_process():
+        run = RunFolder(output, OmegaConf.to_yaml(_plain(cfg)), {annotations: file_fingerprint(annotations)})
+        run.close()  # Detectron2's writers log from here on
     model: OpenVocabularyRCNN = instantiate(cfg.model).to(device)
     model.set_text_embeddings(vocabulary.embeddings.to(device), torch.ones(len(vocabulary.names), dtype=torch.bool))
+    model.roi_heads.box_predictor.set_class_counts(vocabulary.image_counts)
     _run_loop(cfg, model, output, resume)
     folder = output / "detector"
     if comm.is_main_process():
@@ -133,31 +136,42 @@ def train(cfg: Any, resume: bool = False) -> Path:
 
 def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool) -> None:
     model.train()
-    # As Detectron2's configs do it: the one argument that only exists now is filled in.
-    description = copy.deepcopy(cfg.optimizer)
-    description.model = model
-    optimizer = instantiate(description)
-    wrapped = create_ddp_model(model, broadcast_buffers=False)
-    use_amp = cfg.train.amp and next(model.parameters()).is_cuda  # Detectron2's AMP trainer is for CUDA only
-    trainer = (AMPTrainer if use_amp else SimpleTrainer)(wrapped, instantiate(cfg.data.train), optimizer)
-    checkpointer = DetectionCheckpointer(wrapped, str(output), trainer=trainer)
-    writers = [
-        CommonMetricPrinter(cfg.train.max_iter, window_size=cfg.train.log_every),
-        JSONWriter(str(output / "metrics.jsonl"), window_size=cfg.train.log_every),
-        TensorboardXWriter(str(output / "tensorboard"), window_size=cfg.train.log_every),
-    ]
     main = comm.is_main_process()
+    optimizer = instantiate(_filled(cfg.optimizer, model=model))
+    wrapped = wrap_for_processes(model)
+    dtype = autocast_dtype(cfg.train.amp, next(model.parameters()).device)
+    trainer = DetectorTrainer(wrapped, None, optimizer, dtype, cfg.train.get("clip_norm", 0.0), cfg.train.seed)
+    checkpointer = AtomicCheckpointer(model, str(output), save_to_disk=main, trainer=trainer)
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.schedule)),
             hooks.PeriodicCheckpointer(checkpointer, cfg.train.checkpoint_every, max_to_keep=1) if main else None,
-            hooks.PeriodicWriter(writers, period=cfg.train.log_every) if main else None,
+            hooks.PeriodicWriter(_writers(cfg, output), period=cfg.train.log_every) if main else None,
         ]
     )
     checkpointer.resume_or_load("", resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    trainer.data_loader = instantiate(_filled(cfg.data.train, start_step=start))
     trainer.train(start, cfg.train.max_iter)
+
+
+def _writers(cfg: Any, output: Path) -> list:
+    """Terminal, metrics.jsonl and TensorBoard."""
+    window = cfg.train.log_every
+    return [
+        CommonMetricPrinter(cfg.train.max_iter, window_size=window),
+        JSONWriter(str(output / "metrics.jsonl"), window_size=window),
+        TensorboardXWriter(str(output / "tensorboard"), window_size=window),
+    ]
+
+
+def _filled(description: Any, **arguments: Any) -> Any:
+    """A copy of a lazy call with the arguments that only exist now, as Detectron2's configs do it."""
+    description = copy.deepcopy(description)
+    for name, value in arguments.items():
+        description[name] = value
+    return description
 
 
 def _plain(cfg: Any) -> Any:
@@ -185,7 +199,10 @@ def evaluate(cfg: Any, detector_folder: str | Path) -> dict[str, dict[str, dict[
     results = evaluate_detector(
         detector.model, detector.image_text, instantiate(cfg.data.test), cfg.evaluation.annotations,
         list(cfg.text.templates), output, cfg.text.use_synonyms, cfg.evaluation.control,
+        cfg.evaluation.get("protocol", "lvis"),
     )  # fmt: skip
+    if not comm.is_main_process():  # the first process has gathered everything
+        return results
     table = results_table(results)
     summary = f"# Detector evaluation\n\n- detector: {detector_folder}\n- data: {cfg.evaluation.annotations}\n\n{table}"
     write_atomically(Path(cfg.train.output) / "summary.md", summary)

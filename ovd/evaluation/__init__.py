@@ -1,1 +1,5 @@
-"""Measuring a detector: LVIS average precision (`lvis_evaluator`) and the tables made of it (`results`)."""
+"""Measuring a detector: LVIS and COCO average precision with intervals, recall of proposals, retention, tables.
+
+Flow: `tables` (columns) -> `matching` -> `average_precision` -> `bootstrap` -> `lvis_evaluator`, `coco_evaluator`,
+`proposal_recall`, `retention`; `results` makes text and files of it.
+"""

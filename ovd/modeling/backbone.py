@@ -3,7 +3,7 @@
 Source: ViTDet (section 3) as used by RO-ViT and DITO: windows in all blocks but four evenly spaced global ones,
 position table resampled to the detection grid, strides 4 to 32 made from the last map. timm's own blocks are reused;
 norms and MLPs act on each token alone, so a whole block may run window by window.
-This file does not load checkpoints and has no relative positions or shifted windows.
+This file does not load checkpoints, convert towers of other kinds (`image_tower`), or have relative positions.
 """
 
 import copy

@@ -4,7 +4,7 @@ Source: F-VLM, RO-ViT and RECLIP's detector (ViT, simple pyramid, class-agnostic
 This file does not read checkpoints of detectors or embed words: see `ovd/detector.py` and `ovd/text`.
 """
 
-from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,100 +12,18 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
 
+from ovd.losses.distillation import RegionTeacher
 from ovd.modeling.backbone import FEATURE, ViTFeaturePyramid, WindowedViT
-from ovd.modeling.box_head import TextBoxPredictor, build_box_head, build_mask_head
+from ovd.modeling.box_head import DistilledHead, TextBoxPredictor, build_box_head, build_mask_head
+from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.image_tower import plain_tower, value_attention
 from ovd.modeling.proposals import build_rpn
-from ovd.modeling.roi_heads import OpenVocabularyROIHeads, RegionScores
+from ovd.modeling.roi_heads import Distillation, OpenVocabularyROIHeads, RegionScores
 from ovd.modeling.text_classifier import TextClassifier
 from ovd.modeling.vlm_head import CropTextHead, ImageTextHead
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
-
-VLM_MODES = ("backbone", "frozen_copy", "crops", "off")
-
-
-@dataclass
-class DetectorConfig:
-    """Everything, besides the image-text model, that a detector is rebuilt from. Sizes default to the miniature's.
-
-    Attributes:
-        image_size: side in pixels of the pictures that the detector is made for.
-        window_size: side of an attention window in patches; 0 for global attention everywhere.
-        global_blocks: number of evenly spaced blocks with global attention.
-        freeze_backbone: keep the pretrained tower as it is (F-VLM).
-        gradient_checkpointing: less memory, more time in the backbone's backward pass.
-        pyramid_channels: channels of the levels p2 to p5.
-        anchor_sizes: side in pixels of the anchors of p2 to p5.
-        rpn_batch_size: anchors sampled for the loss in a picture.
-        rpn_pre_nms_topk, rpn_post_nms_topk: proposals before and after NMS, (training, test).
-        roi_batch_size: regions sampled for the loss in a picture.
-        box_num_conv, box_conv_dim, box_fc_dim: size of the box head.
-        mask_on: predict masks.
-        mask_num_conv, mask_conv_dim: size of the mask head.
-        classifier_scale: initial factor on the detector's cosine (inverse temperature), at most 100.
-        learn_classifier_scale: train that factor.
-        background_weight: weight of background regions in the classification loss.
-        vlm_mode: map for the image-text score: "backbone" (the detector's own), "frozen_copy" (a copy of the
-            pretrained tower with windows in all blocks but the last), "crops" (no map: the pretrained tower on each
-            proposal's own crop, as in ViLD), "off" (no fusion).
-        vlm_scale: factor on the image-text cosine; None takes exp(logit_scale) of the image-text model.
-        vlm_output_size: side of the grid averaged in a region.
-        vlm_crop_size: side in pixels of the crops of "crops".
-        vlm_box_scale: factor on the region for the image-text score.
-        alpha, beta: fusion weights of the image-text score for base and novel classes.
-        objectness_delta: exponent of the objectness factor.
-        nms_threshold, score_threshold, detections_per_image: inference settings.
-    """
-
-    image_size: int = 320
-    window_size: int = 5
-    global_blocks: int = 4
-    freeze_backbone: bool = False
-    gradient_checkpointing: bool = False
-    pyramid_channels: int = 64
-    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0)
-    rpn_batch_size: int = 64
-    rpn_pre_nms_topk: tuple[int, int] = (200, 100)
-    rpn_post_nms_topk: tuple[int, int] = (100, 60)
-    roi_batch_size: int = 32
-    box_num_conv: int = 1
-    box_conv_dim: int = 64
-    box_fc_dim: int = 256
-    mask_on: bool = True
-    mask_num_conv: int = 2
-    mask_conv_dim: int = 64
-    classifier_scale: float = 50.0
-    learn_classifier_scale: bool = True
-    background_weight: float = 0.9
-    vlm_mode: str = "backbone"
-    vlm_scale: float | None = None
-    vlm_output_size: int = 7
-    vlm_crop_size: int = 96
-    vlm_box_scale: float = 1.0
-    alpha: float = 0.35
-    beta: float = 0.65
-    objectness_delta: float = 0.0
-    nms_threshold: float = 0.5
-    score_threshold: float = 0.0
-    detections_per_image: int = 300
-
-    def __post_init__(self) -> None:
-        if self.vlm_mode not in VLM_MODES:
-            raise ValueError(f"vlm_mode is {self.vlm_mode!r}; choose one of {', '.join(VLM_MODES)}")
-        for name in ("alpha", "beta"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but a fusion weight lies in 0..1; choose one there")
-        for name in ("anchor_sizes", "rpn_pre_nms_topk", "rpn_post_nms_topk"):
-            setattr(self, name, tuple(getattr(self, name)))  # YAML and LazyConfig bring lists
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "DetectorConfig":
-        """Build from a plain dict; an unknown key is a ValueError that names it."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown detector field(s) {', '.join(unknown)}; known are the fields of DetectorConfig")
-        return cls(**values)
 
 
 class OpenVocabularyRCNN(GeneralizedRCNN):
@@ -113,14 +31,20 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
     Contract: list of {"image": (3, H, W) RGB in 0..255, "height", "width", and in training "instances" with gt_boxes,
     gt_classes, gt_masks} -> dict of losses, or list of {"instances": pred_boxes, scores, pred_classes, pred_masks}.
+    Training also reads "regions" (from `place_regions`, in the place of distilling proposals) and "verified_classes"
+    (contiguous classes whose presence and absence is known) where every input has them.
     Training wants an `EventStorage` around it, as all of Detectron2's models do.
     """
 
     def set_text_embeddings(
-        self, embeddings: Tensor, is_base: Tensor | None = None, num_reported: int | None = None
+        self,
+        embeddings: Tensor,
+        is_base: Tensor | None = None,
+        num_reported: int | None = None,
+        background_embedding: Tensor | None = None,
     ) -> None:
         """Change the vocabulary; see `OpenVocabularyROIHeads.set_text_embeddings`."""
-        self.roi_heads.set_text_embeddings(embeddings, is_base, num_reported)
+        self.roi_heads.set_text_embeddings(embeddings, is_base, num_reported, background_embedding)
 
     def forward(self, batched_inputs: list[dict]):
         """Losses in training mode, detections in evaluation mode."""
@@ -130,8 +54,34 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         targets = [x["instances"].to(self.device) for x in batched_inputs]
         features = self.backbone(images.tensor, images.image_sizes)
         proposals, proposal_losses = self.proposal_generator(images, features, targets)
-        _, detector_losses = self.roi_heads(images, features, proposals, targets)
+        regions = verified = None
+        if self.roi_heads.distillation is not None and all("regions" in x for x in batched_inputs):
+            regions = [x["regions"].to(self.device) for x in batched_inputs]
+        if all("verified_classes" in x for x in batched_inputs):
+            verified = [torch.as_tensor(x["verified_classes"], dtype=torch.long) for x in batched_inputs]
+        _, detector_losses = self.roi_heads(images, features, proposals, targets, regions, verified)
         return {**detector_losses, **proposal_losses}
+
+    @torch.no_grad()
+    def embed_proposals(self, inputs: dict, limit: int = 300) -> tuple[Tensor, Tensor]:
+        """Best proposals of one picture and the distillation teacher's embeddings of them, for `precompute_regions`.
+
+        Args:
+            inputs: as in `forward`, without augmentation; the model is in evaluation mode.
+            limit: proposals, at most.
+
+        Returns:
+            (R, 4) xyxy in pixels of the original picture, and (R, D) normalised.
+        """
+        if self.roi_heads.distillation is None:
+            raise ValueError("this detector has no distillation teacher; build it with distillation 'shared'")
+        images = self.preprocess_image([inputs])
+        features = self.backbone(images.tensor, images.image_sizes)
+        boxes = self.proposal_generator(images, features, None)[0][0].proposal_boxes[:limit]
+        embeddings = self.roi_heads.distillation.teacher(images.tensor, [boxes.tensor])
+        height, width = images.image_sizes[0]
+        boxes.scale(inputs.get("width", width) / width, inputs.get("height", height) / height)
+        return boxes.tensor, embeddings
 
     @torch.no_grad()
     def inference(
@@ -195,9 +145,9 @@ def build_detector(
     config = DetectorConfig.from_dict({**given, **overrides})
     if isinstance(image_text, (str, Path)):
         image_text = load_checkpoint(image_text)
-    trunk = image_text.model.visual.trunk
+    visual = plain_tower(image_text.model.visual)
     net = WindowedViT(
-        trunk,
+        visual.trunk,
         config.image_size,
         config.window_size,
         config.global_blocks,
@@ -214,8 +164,14 @@ def build_detector(
             batch_size_per_image=config.rpn_batch_size,
             pre_nms_topk=config.rpn_pre_nms_topk,
             post_nms_topk=config.rpn_post_nms_topk,
+            nms_thresholds=config.rpn_nms_thresholds,
+            kind=config.proposals,
+            num_conv=config.rpn_num_conv,
+            quality_target=config.rpn_quality_target,
+            box_coding=config.rpn_box_coding,
+            fill_background=config.rpn_fill_background,
         ),
-        roi_heads=_build_roi_heads(config, image_text, shapes),
+        roi_heads=_build_roi_heads(config, image_text, visual, shapes),
         pixel_mean=[255.0 * value for value in image_text.mean],
         pixel_std=[255.0 * value for value in image_text.std],
         input_format="RGB",
@@ -224,26 +180,66 @@ def build_detector(
     return model
 
 
-def _build_image_text_head(config: DetectorConfig, image_text: ImageTextModel) -> ImageTextHead | None:
+def _image_text_scale(config: DetectorConfig, image_text: ImageTextModel) -> float:
+    return float(image_text.model.logit_scale.detach().exp()) if config.vlm_scale is None else config.vlm_scale
+
+
+def _build_image_text_head(
+    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module
+) -> ImageTextHead | None:
     if config.vlm_mode == "off":
         return None
-    visual, tower = image_text.model.visual, None
+    tower = None
     if config.vlm_mode == "frozen_copy":
-        tower = WindowedViT(visual.trunk, config.image_size, config.window_size, global_blocks=1, frozen=True)
-    scale = config.vlm_scale
-    if scale is None:
-        scale = float(image_text.model.logit_scale.detach().exp())
+        # Patches of a tower that pools by its class token are not in the space of words but for MaskCLIP's reading.
+        trunk = value_attention(visual.trunk) if visual.trunk.global_pool == "token" else visual.trunk
+        tower = WindowedViT(trunk, config.image_size, config.window_size, global_blocks=1, frozen=True)
+    scale = _image_text_scale(config, image_text)
     if config.vlm_mode == "crops":
         return CropTextHead(visual, image_text.embed_dim, scale, config.vlm_crop_size, config.vlm_box_scale)
     return ImageTextHead(visual, image_text.embed_dim, scale, config.vlm_output_size, config.vlm_box_scale, tower)
 
 
-def _build_roi_heads(config: DetectorConfig, image_text: ImageTextModel, shapes: dict) -> OpenVocabularyROIHeads:
-    scales = tuple(1.0 / shape.stride for shape in shapes.values())
-    box_head = build_box_head(config.pyramid_channels, 7, config.box_num_conv, config.box_conv_dim, config.box_fc_dim)
-    classifier = TextClassifier(
-        config.box_fc_dim, image_text.embed_dim, config.classifier_scale, config.learn_classifier_scale
+def _build_box_head(config: DetectorConfig) -> nn.Module:
+    return build_box_head(config.pyramid_channels, 7, config.box_num_conv, config.box_conv_dim, config.box_fc_dim)
+
+
+def _build_classifier(config: DetectorConfig, image_text: ImageTextModel) -> TextClassifier:
+    background = None
+    if config.background == "empty_prompt":
+        tokens = image_text.tokenizer([""]).to(next(image_text.model.parameters()).device)
+        with torch.no_grad():
+            background = image_text.model.encode_text(tokens)[0].float().cpu()
+    return TextClassifier(
+        config.box_fc_dim,
+        image_text.embed_dim,
+        config.classifier_scale,
+        config.learn_classifier_scale,
+        background,
+        config.classification,
     )
+
+
+def _build_distillation(
+    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module
+) -> tuple[Distillation | None, DistilledHead | None]:
+    if config.distillation == "off":
+        return None, None
+    scale, dim = _image_text_scale(config, image_text), image_text.embed_dim
+    # box_scale 1: what surrounds a box is the teacher's to decide.
+    make_head = partial(CropTextHead, visual, dim, scale, config.vlm_crop_size, box_scale=1.0)
+    teacher = RegionTeacher(make_head, dim, config.distillation_box_scales)
+    head = None
+    if config.distillation == "ensemble":
+        head = DistilledHead(_build_box_head(config), config.box_fc_dim, dim, scale)
+    return Distillation(teacher, config.distillation_weight, config.distillation_regions), head
+
+
+def _build_roi_heads(
+    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module, shapes: dict
+) -> OpenVocabularyROIHeads:
+    scales = tuple(1.0 / shape.stride for shape in shapes.values())
+    box_head, classifier = _build_box_head(config), _build_classifier(config, image_text)
     mask = {}
     if config.mask_on:
         mask = {
@@ -251,11 +247,14 @@ def _build_roi_heads(config: DetectorConfig, image_text: ImageTextModel, shapes:
             "mask_pooler": ROIPooler(14, scales, sampling_ratio=2, pooler_type="ROIAlignV2"),
             "mask_head": build_mask_head(config.pyramid_channels, 14, config.mask_num_conv, config.mask_conv_dim),
         }
+    distillation, distilled_head = _build_distillation(config, image_text, visual)
     return OpenVocabularyROIHeads(
-        image_text_head=_build_image_text_head(config, image_text),
+        image_text_head=_build_image_text_head(config, image_text, visual),
         alpha=config.alpha,
         beta=config.beta,
         objectness_delta=config.objectness_delta,
+        distillation=distillation,
+        distilled_head=distilled_head,
         num_classes=1,  # replaced by the vocabulary
         batch_size_per_image=config.roi_batch_size,
         positive_fraction=0.25,
@@ -270,6 +269,8 @@ def _build_roi_heads(config: DetectorConfig, image_text: ImageTextModel, shapes:
             config.score_threshold,
             config.nms_threshold,
             config.detections_per_image,
+            config.federated_loss,
+            config.federated_classes,
         ),
         **mask,
     )

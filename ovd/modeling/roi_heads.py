@@ -1,19 +1,47 @@
 """Region heads of the open-vocabulary detector: train on base classes, fuse with image-text scores at inference.
 
-Source: F-VLM (figure 2): the region proposals, not the refined boxes, are scored by the image-text model.
+Source: F-VLM (figure 2): the region proposals, not the refined boxes, are scored by the image-text model. ViLD
+(sections 3.3 and 3.4): distillation on proposals whether labelled or not, and the ensemble of two heads.
 This file does not rescale boxes or masks to the original picture: Detectron2's postprocessing does.
 """
 
 from dataclasses import dataclass
 
 import torch
-from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.modeling.roi_heads.roi_heads import StandardROIHeads
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
 
-from ovd.modeling.score_fusion import apply_objectness, background_first, background_last, fuse_scores
+from ovd.losses.distillation import RegionTeacher, distillation_loss
+from ovd.modeling.box_head import DistilledHead
+from ovd.modeling.score_fusion import apply_objectness, background_first, fuse_scores
+from ovd.modeling.selection import select_best
 from ovd.modeling.vlm_head import ImageTextHead
+
+# Weight of the distilled head in ViLD's ensemble, for base and for novel classes (section 3.4).
+ENSEMBLE_ALPHA, ENSEMBLE_BETA = 1 / 3, 2 / 3
+
+
+@dataclass
+class Distillation:
+    """How regions are distilled in training.
+
+    Attributes:
+        teacher: embeds the crops of regions.
+        weight: factor on the loss (ViLD: 0.5 to 2).
+        regions: proposals distilled in a picture, drawn at random, at most.
+    """
+
+    teacher: RegionTeacher
+    weight: float
+    regions: int
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.regions < 1:
+            raise ValueError(
+                f"distillation_weight is {self.weight} and distillation_regions {self.regions}, but a weight is at "
+                "least 0 and regions are at least 1; set distillation to 'off' to go without"
+            )
 
 
 @dataclass
@@ -23,10 +51,13 @@ class RegionScores:
     Attributes:
         proposals: (R, 4) proposal boxes, xyxy pixels of the network's input.
         boxes: (R, 4) refined boxes, xyxy pixels of the network's input.
-        detector: (R, 1 + C) detector probabilities z, background in column 0.
+        detector: (R, 1 + C) detector probabilities z, background in column 0; with a second, distilled head both heads'
+            ensemble.
         image_text: (R, 1 + C) image-text probabilities p with a zero column 0, or None without image-text scores.
         objectness: (R,) objectness of the proposals in 0..1.
         image_size: (height, width) of the network's input without padding.
+        independent: z are probabilities of their own (sigmoid), which fusion does not renormalise; their background is
+            0. p stays a softmax over the vocabulary: a contrastive model is not calibrated to say yes or no.
     """
 
     proposals: Tensor
@@ -35,12 +66,13 @@ class RegionScores:
     image_text: Tensor | None
     objectness: Tensor
     image_size: tuple[int, int]
+    independent: bool = False
 
     def fused(self, is_base: Tensor, alpha: float, beta: float, delta: float) -> Tensor:
         """Final scores (R, 1 + C): `fuse_scores`, then `apply_objectness`; z alone without image-text scores."""
         scores = self.detector
         if self.image_text is not None:
-            scores = fuse_scores(self.detector, self.image_text, is_base, alpha, beta)
+            scores = fuse_scores(self.detector, self.image_text, is_base, alpha, beta, not self.independent)
         return apply_objectness(scores, self.objectness, delta)
 
 
@@ -55,6 +87,8 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         alpha, beta: fusion weights of base and novel classes.
         objectness_delta: exponent of the objectness factor, 0 for none.
         max_candidates: best (region, class) pairs kept for NMS in a picture, which bounds its cost in the vocabulary.
+        distillation: adds "loss_distill" in training; None adds nothing.
+        distilled_head: learns the distillation in the place of the text-classified head, and is fused with it.
         kwargs: as for `StandardROIHeads`.
     """
 
@@ -66,17 +100,24 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         beta: float = 0.65,
         objectness_delta: float = 0.0,
         max_candidates: int = 20_000,
+        distillation: Distillation | None = None,
+        distilled_head: DistilledHead | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         self.image_text_head = image_text_head
         self.alpha, self.beta, self.objectness_delta = alpha, beta, objectness_delta
         self.max_candidates = max_candidates
+        self.distillation, self.distilled_head = distillation, distilled_head
         self.num_reported = 0
         self.register_buffer("is_base", torch.zeros(0, dtype=torch.bool), persistent=False)
 
     def set_text_embeddings(
-        self, embeddings: Tensor, is_base: Tensor | None = None, num_reported: int | None = None
+        self,
+        embeddings: Tensor,
+        is_base: Tensor | None = None,
+        num_reported: int | None = None,
+        background_embedding: Tensor | None = None,
     ) -> None:
         """Change the vocabulary.
 
@@ -85,6 +126,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
             is_base: (C,) bool, True for classes trained on; None means all are (as in training).
             num_reported: only the first so many classes are detected; the others just compete for the scores. None
                 reports all.
+            background_embedding: (D,) see `TextClassifier.set_text_embeddings`.
         """
         if is_base is None:
             is_base = torch.ones(len(embeddings), dtype=torch.bool)
@@ -92,9 +134,10 @@ class OpenVocabularyROIHeads(StandardROIHeads):
             raise ValueError(
                 f"is_base has shape {tuple(is_base.shape)} for {len(embeddings)} classes; give one entry for each class"
             )
-        self.box_predictor.set_text_embeddings(embeddings)
-        if self.image_text_head is not None:
-            self.image_text_head.set_text_embeddings(embeddings)
+        self.box_predictor.set_text_embeddings(embeddings, background_embedding)
+        for head in (self.image_text_head, self.distilled_head):
+            if head is not None:
+                head.set_text_embeddings(embeddings)
         self.is_base = is_base.bool().to(self.is_base.device)
         self.num_reported = len(embeddings) if num_reported is None else num_reported
         # Detectron2 marks background regions with this number.
@@ -106,14 +149,57 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         features: dict[str, Tensor],
         proposals: list[Instances],
         targets: list[Instances] | None = None,
+        regions: list[Instances] | None = None,
+        verified_classes: list[Tensor] | None = None,
     ):
-        """(sampled proposals, losses) in training, (detections, {}) at inference, as in Detectron2."""
+        """(sampled proposals, losses) in training, (detections, {}) at inference, as in Detectron2.
+
+        Args:
+            images, features, proposals, targets: as in Detectron2.
+            regions: `proposal_boxes` and `teacher_embeddings` to distil instead of the proposals; None computes them.
+            verified_classes: for each picture the classes whose presence and absence is known, for the "verified"
+                federated loss.
+        """
         if self.box_predictor.cls_score.num_classes == 0:
             raise ValueError("the detector has no vocabulary yet; call set_text_embeddings before running it")
-        if self.training:
-            return super().forward(images, features, proposals, targets)
-        instances = self.select_detections(self.score_regions(images, features, proposals))
-        return self.forward_with_given_boxes(features, instances), {}
+        if not self.training:
+            instances = self.select_detections(self.score_regions(images, features, proposals))
+            return self.forward_with_given_boxes(features, instances), {}
+        # Before sampling, which would favour what is labelled.
+        losses = self._distillation_losses(images, features, proposals, regions)
+        proposals = self.label_and_sample_proposals(proposals, targets)
+        if verified_classes is not None:
+            for sampled, classes in zip(proposals, verified_classes, strict=True):
+                mask = torch.zeros(self.num_classes, dtype=torch.bool, device=sampled.gt_classes.device)
+                mask[classes.to(mask.device)] = True
+                sampled.verified_classes = mask.expand(len(sampled), -1)
+        losses.update(self._forward_box(features, proposals))
+        losses.update(self._forward_mask(features, proposals))
+        return proposals, losses
+
+    def _distillation_losses(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        regions: list[Instances] | None,
+    ) -> dict[str, Tensor]:
+        if self.distillation is None:
+            return {}
+        if regions is None:
+            limit = self.distillation.regions
+            boxes = [p.proposal_boxes for p in proposals]
+            boxes = [b[torch.randperm(len(b), device=b.device)[:limit]] for b in boxes]
+            target = self.distillation.teacher(images.tensor, [b.tensor for b in boxes])
+        else:
+            boxes = [r.proposal_boxes for r in regions]
+            target = torch.cat([r.teacher_embeddings for r in regions])
+        pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
+        if self.distilled_head is None:
+            student = self.box_predictor.cls_score.embed(self.box_head(pooled))
+        else:
+            student = self.distilled_head(pooled)
+        return {"loss_distill": self.distillation.weight * distillation_loss(student, target)}
 
     def score_regions(
         self, images: ImageList, features: dict[str, Tensor], proposals: list[Instances]
@@ -124,7 +210,13 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
         logits, deltas = self.box_predictor(self.box_head(pooled))
         refined = self.box_predictor.predict_boxes((logits, deltas), proposals)
-        z = background_first(logits.softmax(dim=-1)).split(counts)
+        classifier = self.box_predictor.cls_score
+        independent = classifier.classification == "sigmoid"
+        z = background_first(classifier.probabilities(logits))
+        if self.distilled_head is not None:
+            distilled = self.distilled_head.probabilities(pooled)
+            z = fuse_scores(z, distilled, self.is_base, ENSEMBLE_ALPHA, ENSEMBLE_BETA, not independent)
+        z = z.split(counts)
         p = [None] * len(counts)
         if self.image_text_head is not None:
             feature_map = self.image_text_head.feature_map(features, images.tensor, images.image_sizes)
@@ -137,32 +229,24 @@ class OpenVocabularyROIHeads(StandardROIHeads):
                 image_text=p[i],
                 objectness=proposals[i].objectness_logits.float().sigmoid(),
                 image_size=proposals[i].image_size,
+                independent=independent,
             )
             for i in range(len(counts))
         ]
 
     def select_detections(self, regions: list[RegionScores]) -> list[Instances]:
         """Fuse the scores, then per-class NMS and the best detections of each picture."""
-        scores = [r.fused(self.is_base, self.alpha, self.beta, self.objectness_delta) for r in regions]
-        silent = (
-            torch.arange(len(self.is_base) + 1, device=self.is_base.device) > self.num_reported
-        )  # column 0 is background
-        scores = [s.masked_fill(silent, 0.0) for s in scores]
         predictor = self.box_predictor
-        instances, _ = fast_rcnn_inference(
-            [r.boxes for r in regions],
-            [background_last(self._keep_candidates(s)) for s in scores],
-            [r.image_size for r in regions],
-            predictor.test_score_thresh,
-            predictor.test_nms_thresh,
-            predictor.test_topk_per_image,
-        )
-        return instances
-
-    def _keep_candidates(self, scores: Tensor) -> Tensor:
-        """Set all class scores below the best `max_candidates` to 0; NMS never sees scores of 0."""
-        classes = scores[:, 1:]
-        if classes.numel() <= self.max_candidates:
-            return scores
-        lowest = classes.flatten().topk(self.max_candidates, sorted=False).values.min()
-        return torch.cat([scores[:, :1], classes.where(classes >= lowest, 0.0)], dim=1)
+        return [
+            select_best(
+                r.boxes,
+                # Column 0 is the background; classes behind `num_reported` compete silently.
+                r.fused(self.is_base, self.alpha, self.beta, self.objectness_delta)[:, 1 : 1 + self.num_reported],
+                r.image_size,
+                predictor.test_score_thresh,
+                predictor.test_nms_thresh,
+                predictor.test_topk_per_image,
+                self.max_candidates,
+            )
+            for r in regions
+        ]

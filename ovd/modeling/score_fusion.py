@@ -8,6 +8,8 @@ This file does not compute either score: see `text_classifier.py` and `vlm_head.
 import torch
 from torch import Tensor
 
+_VALUES_AT_ONCE = 4_000_000  # 16 MB in float32
+
 
 def background_first(scores: Tensor) -> Tensor:
     """Move Detectron2's last (background) column to the front: (N, C + 1) -> (N, 1 + C)."""
@@ -20,7 +22,12 @@ def background_last(scores: Tensor) -> Tensor:
 
 
 def fuse_scores(
-    detector: Tensor, image_text: Tensor, is_base: Tensor, alpha: float = 0.35, beta: float = 0.65
+    detector: Tensor,
+    image_text: Tensor,
+    is_base: Tensor,
+    alpha: float = 0.35,
+    beta: float = 0.65,
+    renormalise: bool = True,
 ) -> Tensor:
     """Fuse detector and image-text probabilities: z^(1-w) * p^w for each class, then renormalise (F-VLM, equation 4).
 
@@ -30,6 +37,8 @@ def fuse_scores(
         is_base: (C,) bool, True for the classes trained on. They get w = alpha, the others w = beta.
         alpha: weight of the image-text score for base classes, in 0..1. 0 leaves the detector's score.
         beta: weight of the image-text score for novel classes, in 0..1.
+        renormalise: False where the detector's probabilities are independent (sigmoid): rows then need not sum to 1,
+            and a class's fused score comes from its own z and p alone.
 
     Returns:
         (N, 1 + C) float32 probabilities whose rows sum to 1. Before renormalising the background is the detector's.
@@ -54,12 +63,20 @@ def fuse_scores(
         raise ValueError(
             "a score is below 0, but fuse_scores wants probabilities; take the softmax of the logits first"
         )
-    z, p = detector.float(), image_text.float()
-    weight = torch.where(is_base.to(z.device), z.new_tensor(alpha), z.new_tensor(beta))
-    fused = z[:, 1:] ** (1 - weight) * p[:, 1:] ** weight
-    scores = torch.cat([z[:, :1], fused], dim=1)
-    # A row of zeros can only come from underflow; the clamp turns it into zeros instead of NaN.
-    return scores / scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    weight = torch.full((detector.shape[1],), float(beta), device=detector.device)
+    weight[1:][is_base.to(detector.device)] = float(alpha)
+    weight[0] = 0.0  # the background is the detector's
+    scores = torch.empty(detector.shape, device=detector.device)
+    # In parts, so that beside the result nothing grows with the vocabulary: 1,000 regions x 20,000 words are 80 MB.
+    rows = max(1, _VALUES_AT_ONCE // detector.shape[1])
+    for start in range(0, len(detector), rows):
+        part = slice(start, start + rows)
+        fused = detector[part].float() ** (1 - weight) * image_text[part].float() ** weight
+        if renormalise:
+            # A row of zeros can only come from underflow; the clamp turns it into zeros instead of NaN.
+            fused = fused / fused.sum(dim=1, keepdim=True).clamp_min(torch.finfo(fused.dtype).tiny)
+        scores[part] = fused
+    return scores
 
 
 def apply_objectness(scores: Tensor, objectness: Tensor, delta: float) -> Tensor:

@@ -16,6 +16,8 @@ from torchvision.ops import roi_align
 from ovd.modeling.backbone import FEATURE, WindowedViT
 from ovd.modeling.text_classifier import check_text_embeddings
 
+_VALUES_AT_ONCE = 4_000_000  # 16 MB in float32
+
 
 def shrink_boxes(boxes: Tensor, factor: float) -> Tensor:
     """Scale (N, 4) xyxy boxes about their centres; factor 0.7 is F-VLM's option against context at the border."""
@@ -51,10 +53,12 @@ class ImageTextHead(nn.Module):
     ) -> None:
         super().__init__()
         trunk = visual.trunk
-        if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool != "avg":
+        # A class-token tower reads regions through its copy only, whose last block MaskCLIP's reading has replaced.
+        pools = ("avg",) if tower is None else ("avg", "token")
+        if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool not in pools:
             raise ValueError(
                 f"the image tower pools by {trunk.global_pool!r}, but region scores need average pooling over patches; "
-                "pretrain a tower with timm's global_pool 'avg'"
+                "use vlm_mode crops (or frozen_copy for a class token), or a tower with timm's global_pool 'avg'"
             )
         self.fc_norm = copy.deepcopy(trunk.fc_norm)
         self.trunk_head = copy.deepcopy(trunk.head)
@@ -94,15 +98,28 @@ class ImageTextHead(nn.Module):
     @torch.no_grad()
     def forward(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """Logits (R, C) of B lists of xyxy pixel boxes: scale * cosine with the text embeddings, float32."""
-        if len(self.text_embeddings) == 0:
-            raise ValueError("the detector has no vocabulary yet; call set_text_embeddings before running it")
-        regions = self.embed_regions(feature_map, boxes)
-        with torch.autocast(device_type=regions.device.type, enabled=False):
-            return self.scale * regions @ self.text_embeddings.float().T
+        self._check_vocabulary()
+        return self._logits(self.embed_regions(feature_map, boxes))
 
+    @torch.no_grad()
     def probabilities(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """Softmax over the vocabulary, (R, 1 + C) with a zero background column 0."""
-        return F.pad(self(feature_map, boxes).softmax(dim=-1), (1, 0))
+        self._check_vocabulary()
+        regions = self.embed_regions(feature_map, boxes)
+        scores = regions.new_zeros(len(regions), 1 + len(self.text_embeddings))
+        # In parts, so that beside the result nothing grows with the vocabulary.
+        rows = max(1, _VALUES_AT_ONCE // scores.shape[1])
+        for part, out in zip(regions.split(rows), scores.split(rows), strict=True):
+            out[:, 1:] = self._logits(part).softmax(dim=-1)
+        return scores
+
+    def _check_vocabulary(self) -> None:
+        if len(self.text_embeddings) == 0:
+            raise ValueError("the detector has no vocabulary yet; call set_text_embeddings before running it")
+
+    def _logits(self, regions: Tensor) -> Tensor:
+        with torch.autocast(device_type=regions.device.type, enabled=False):
+            return self.scale * regions @ self.text_embeddings.float().T
 
 
 def square_boxes(boxes: Tensor, factor: float) -> Tensor:

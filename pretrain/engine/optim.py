@@ -20,8 +20,9 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, device: Device) -> to
     options = dict(optim.options)
     if optim.betas:
         options["betas"] = tuple(optim.betas)
-    split = any(isinstance(p, DTensor) for p in module.parameters())  # FSDP's; one kernel does not take both kinds
-    if device.kind != "xla" and not split and optim.name in _FUSED:
+    # FSDP's split tensors and whole ones do not go into one kernel; the planner's have no memory at all.
+    fusible = all(not isinstance(p, DTensor) and p.device.type in ("cpu", "cuda") for p in module.parameters())
+    if fusible and optim.name in _FUSED:
         options.setdefault("fused", True)
     if device.kind == "xla" and optim.name in _CORRECTED:
         # Steps are counted on the device. Else the bias corrections are numbers in the program, and XLA makes constants

@@ -1,16 +1,28 @@
 """The user's detector: saving, loading, changing words, predicting."""
 
+import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 from ovd.detector import OpenVocabularyDetector, save_detector
-from ovd.modeling.rcnn import DetectorConfig, build_detector
+from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.rcnn import build_detector
+from ovd.text.embedding_file import save_embeddings
+from ovd.text.embeddings import embed_vocabulary
+from ovd.text.vocabulary import Vocabulary
 
+WIDE = {
+    "embed_dim": 512,
+    "vision_cfg": {"timm_model_name": "test_vit4", "timm_pool": "", "timm_proj": "linear", "image_size": 160},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
 SMALL = {"image_size": 160, "pyramid_channels": 16, "box_fc_dim": 32, "box_conv_dim": 16, "mask_conv_dim": 16}
 
 
@@ -140,11 +152,175 @@ def test_given_embeddings_replace_the_text_tower(tmp_path, image_text_folder) ->
     detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
     matrix = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
     np.save(tmp_path / "m.npy", matrix)
-    detector.set_vocabulary("cat, taco", embeddings=tmp_path / "m.npy")
+    with pytest.warns(UserWarning, match="says which model made it"):
+        detector.set_vocabulary("cat, taco", embeddings=tmp_path / "m.npy")
     expected = torch.nn.functional.normalize(torch.from_numpy(matrix), dim=-1)
     torch.testing.assert_close(detector.model.roi_heads.box_predictor.cls_score.text_embeddings, expected)
     with pytest.raises(ValueError, match="2 embeddings for 3 words"):
         detector.set_vocabulary("cat, taco, owl", embeddings=matrix)
+
+
+@pytest.fixture(scope="module")
+def maskless(tmp_path_factory, image_text_folder) -> Path:
+    folder = tmp_path_factory.mktemp("maskless")
+    saved(folder, image_text_folder, mask_on=False)
+    return folder
+
+
+@pytest.fixture
+def detector(maskless) -> OpenVocabularyDetector:
+    return OpenVocabularyDetector.from_checkpoint(maskless)
+
+
+def test_permuting_the_vocabulary_permutes_the_scores(detector) -> None:
+    words = ["cat", "taco", "owl", "fire engine", "koala"]
+    found = []
+    for order in ([0, 1, 2, 3, 4], [3, 0, 4, 2, 1]):
+        detector.set_vocabulary([words[i] for i in order])
+        found.append(detector.predict(random_image(), score_threshold=0.0, max_detections=50))
+    assert len(found[0]) == 50 and len(set(found[0].names)) > 1
+    assert found[0].names == found[1].names
+    np.testing.assert_allclose(found[0].scores, found[1].scores, rtol=1e-4)
+    np.testing.assert_allclose(found[0].boxes, found[1].boxes, atol=1e-3)
+
+
+def test_changing_words_leaves_the_weights_alone(detector) -> None:
+    def digest() -> str:
+        state = detector.model.state_dict() | {
+            f"text {k}": v for k, v in detector.image_text.model.state_dict().items()
+        }
+        return hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
+
+    before = digest()
+    for words in ("taco", "taco, koala, cat", [f"thing {i}" for i in range(50)]):
+        detector.set_vocabulary(words)
+        detector.predict(random_image())
+        detector.diagnose()
+        assert digest() == before
+
+
+def test_one_word_works_end_to_end(detector) -> None:
+    detector.set_vocabulary("taco", competitors=False)
+    found = detector.predict(random_image(), score_threshold=0.0, max_detections=5)
+    assert found.names == ["taco"] * 5 and detector.diagnose().num_words == 1
+
+
+def test_twenty_thousand_words_work_end_to_end(detector) -> None:
+    words, matrix = [f"thing {i}" for i in range(20_000)], torch.randn(20_000, 64)
+    detector.set_vocabulary(words, embeddings=matrix)
+    found = detector.predict(random_image(), score_threshold=0.0, max_detections=5)
+    assert 0 < len(found) <= 5 and found.names == [words[i] for i in found.labels]
+    # A subset that holds the best word finds it too, more surely, since fewer words share the probability.
+    best = found.labels[0]
+    detector.set_vocabulary([words[best], *words[:20]], embeddings=matrix[[best, *range(20)]])
+    again = detector.predict(random_image(), score_threshold=0.0, max_detections=1)
+    assert again.scores[0] > found.scores[0]
+
+
+def test_every_lvis_word_works_with_a_matrix_that_others_made(tmp_path, image_text_folder, image_text) -> None:
+    """The real matrix where it is there, with a text tower of its width; else one of its shape and type."""
+    shared = Path(__file__).resolve().parents[3] / "shared" / "data"
+    matrix, words = shared / "lvis_v1_clip_vitb32_text.npy", shared / "lvis_v1_category_info.json"
+    if not (matrix.is_file() and words.is_file()):
+        matrix, words = tmp_path / "lvis.npy", [f"word {i}" for i in range(1203)]
+        np.save(matrix, np.random.default_rng(0).normal(size=(1203, 512)).astype(np.float16))
+    wide = open_clip.CustomTextCLIP(**WIDE).eval()
+    image_text = dataclasses.replace(image_text, model=wide, embed_dim=512)
+    model = build_detector(DetectorConfig(**SMALL, mask_on=False), image_text)
+    detector = OpenVocabularyDetector(model, image_text, ["cat"])
+    with pytest.warns(UserWarning, match="says which model made it"):
+        vocabulary = detector.set_vocabulary(words, embeddings=matrix)
+    assert len(vocabulary) == 1203 and detector.competitors == ()
+    assert len(detector.predict(random_image(), score_threshold=0.0, max_detections=5)) == 5
+
+
+def test_an_embedding_file_names_its_own_words(tmp_path, detector) -> None:
+    vocabulary, templates = Vocabulary.parse("cat, taco"), ("one {}",)
+    detector.set_vocabulary(vocabulary, templates=templates)
+    expected = detector.model.roi_heads.box_predictor.cls_score.text_embeddings.clone()
+    rows = embed_vocabulary(vocabulary, detector.image_text, templates)
+    path = save_embeddings(tmp_path / "w.safetensors", rows, vocabulary, detector.image_text, templates)
+    assert detector.set_vocabulary(embeddings=path).words == ("cat", "taco")
+    assert detector.competitors == ("fire_engine", "mouse_(rodent)")  # same tower: they can compete
+    torch.testing.assert_close(detector.model.roi_heads.box_predictor.cls_score.text_embeddings, expected)
+    with pytest.raises(ValueError, match="as word 2"):
+        detector.set_vocabulary("cat, owl", embeddings=path)
+    with pytest.raises(ValueError, match="no words were given"):
+        detector.set_vocabulary()
+
+
+def test_diagnosis_compares_with_the_learned_background(detector) -> None:
+    classifier = detector.model.roi_heads.box_predictor.cls_score
+    detector.set_vocabulary("taco, koala, dog " + "dog " * 30)
+    with torch.no_grad():
+        classifier.background_embedding.copy_(classifier.text_embeddings[1])
+    found = detector.diagnose(threshold=1.0)
+    assert "koala" in [entry[0] for entry in found.near_background]
+    assert len(found.cut) == 1 and found.num_words == 3
+
+
+def test_a_detection_is_explained_by_the_parts_of_its_score(detector) -> None:
+    detector.set_vocabulary("cat, taco, koala")
+    found = detector.predict(random_image(), score_threshold=0.0, max_detections=9)
+    for index in (0, 8):
+        explanation = detector.explain(random_image(), index=index, top=10)
+        np.testing.assert_allclose(explanation.box, found.boxes[index])
+        parts = {w.word: w for w in explanation.words}
+        # The competitors are listed with the three words.
+        assert set(parts) == {"cat", "taco", "koala", "fire_engine", "mouse_(rodent)"}
+        assert [w for w in parts if not parts[w].reported] and not parts["fire_engine"].reported
+        assert parts["cat"].weight == 0.35 and parts["taco"].weight == 0.65
+        assert parts[found.names[index]].score == pytest.approx(found.scores[index], rel=1e-5)
+        unscaled = {w: p.detector ** (1 - p.weight) * p.image_text**p.weight for w, p in parts.items()}
+        total = explanation.background + sum(unscaled.values())
+        for word, value in unscaled.items():
+            assert parts[word].fused == pytest.approx(value / total, rel=1e-4)
+        assert explanation.background_fused == pytest.approx(explanation.background / total, rel=1e-4)
+
+
+def test_a_box_is_explained_as_if_it_had_been_proposed(detector) -> None:
+    detector.set_vocabulary("cat, taco, koala", competitors=False)
+    heads, picture = detector.model.roi_heads, random_image(160, 160)  # at the network's own size
+    heads.objectness_delta = 2.0
+    inputs = {"image": torch.from_numpy(picture.transpose(2, 0, 1).copy()), "height": 160, "width": 160}
+    part = detector.model.inference([inputs], return_parts=True)[0]["parts"]
+    explanation = detector.explain(picture, box=part.proposals[3].tolist())
+    assert explanation.overlap == pytest.approx(1.0) and explanation.delta == 2.0
+    assert explanation.objectness == pytest.approx(float(part.objectness[3]), rel=1e-4)
+    for word in explanation.words:
+        column = 1 + detector.vocabulary.words.index(word.word)
+        assert word.detector == pytest.approx(float(part.detector[3, column]), rel=1e-3)
+        assert word.image_text == pytest.approx(float(part.image_text[3, column]), rel=1e-3)
+        assert word.score == pytest.approx(word.fused * explanation.objectness**2, rel=1e-4)
+    assert [w.score for w in explanation.words] == sorted((w.score for w in explanation.words), reverse=True)
+
+
+def test_the_explanation_is_a_table(tmp_path, image_text_folder) -> None:
+    saved(tmp_path / "d", image_text_folder, mask_on=False, vlm_mode="off")
+    detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
+    detector.set_vocabulary("taco, koala")
+    text = str(detector.explain(random_image(), box=(10, 10, 90, 60), top=2))
+    assert "taco (novel)" in text or "koala (novel)" in text or "competes only" in text
+    assert "detector z" in text and "box: 10.0, 10.0, 90.0, 60.0" in text and "objectness" in text
+    assert " - " in text  # no image-text score
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either box or index"),
+        ({"box": (0, 0, 9, 9), "index": 0}, "either box or index"),
+        ({"box": (500, 500, 600, 600)}, "has no area inside the picture of 200 x 120"),
+        ({"box": (50, 50, 10, 60)}, "has no area"),
+        ({"box": (1, 2, 3)}, "has no area"),
+        ({"box": (0, 0, float("nan"), 9)}, "has no area"),
+        ({"index": 10_000}, "the picture has"),
+        ({"index": -1}, "counted from 0"),
+    ],
+)
+def test_a_region_that_cannot_be_explained_is_refused(detector, arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        detector.explain(random_image(), **arguments)
 
 
 def test_saving_leaves_no_temporary_files(tmp_path, image_text_folder) -> None:

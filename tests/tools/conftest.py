@@ -17,7 +17,8 @@ def weights(tmp_path_factory, image_text_folder) -> Path:
     import torch
 
     from ovd.detector import save_detector
-    from ovd.modeling.rcnn import DetectorConfig, build_detector
+    from ovd.modeling.detector_config import DetectorConfig
+    from ovd.modeling.rcnn import build_detector
 
     torch.manual_seed(0)
     small = {"image_size": 160, "pyramid_channels": 16, "box_fc_dim": 32, "box_conv_dim": 16, "mask_conv_dim": 16}

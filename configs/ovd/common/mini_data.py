@@ -29,4 +29,5 @@ evaluation = dict(
     annotations="data/mini/mini_lvis_test.json",
     fusion=dict(),  # alpha, beta, objectness_delta, where they should differ from the checkpoint's
     control=True,  # also with the text embeddings shuffled
+    protocol="lvis",  # or coco
 )

@@ -6,7 +6,8 @@ Set `model.image_text` to a checkpoint folder of `pretrain`; every field of `Det
 
 from detectron2.config import LazyCall as L
 
-from ovd.modeling.rcnn import DetectorConfig, build_detector
+from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.rcnn import build_detector
 
 model = L(build_detector)(
     architecture=L(DetectorConfig)(
@@ -16,6 +17,7 @@ model = L(build_detector)(
         freeze_backbone=False,
         pyramid_channels=64,
         anchor_sizes=[32.0, 64.0, 128.0, 256.0],
+        proposals="standard",  # or "localization": ranked by centerness, nothing unlabelled pushed down
         rpn_batch_size=64,
         rpn_pre_nms_topk=[200, 100],
         rpn_post_nms_topk=[100, 60],
@@ -28,7 +30,10 @@ model = L(build_detector)(
         mask_conv_dim=64,
         classifier_scale=50.0,
         learn_classifier_scale=True,
+        background="learned",  # or "empty_prompt"
         background_weight=0.9,
+        classification="softmax",  # or "sigmoid", then also federated_loss="sampled" or "verified"
+        distillation="off",  # or "shared" (ViLD), "ensemble" (ViLD-ensemble)
         vlm_mode="crops",  # the frozen tower on each proposal's crop: best on the validation vendor
         vlm_crop_size=96,
         vlm_box_scale=1.1,

@@ -6,7 +6,8 @@ train = dict(
     log_every=20,
     checkpoint_every=200,
     device="auto",
-    amp=True,  # mixed precision where there is CUDA
+    amp="auto",  # bfloat16 (or float16) on GPUs, float32 on the CPU; off, bfloat16, float16
+    clip_norm=0.0,  # largest norm of all gradients together; 0: no clipping
     seed=0,
     half=False,  # store the final weights as float16
 )

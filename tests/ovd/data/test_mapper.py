@@ -117,6 +117,40 @@ def test_input_dict_is_left_alone_and_mapper_survives_pickling(record):
     assert pickle.dumps(record) == before
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("annotated", ["upright", "as stored"])
+@pytest.mark.parametrize("is_train", [True, False])
+def test_boxes_land_on_the_object_in_pictures_that_a_camera_turned(tmp_path, orientation, annotated, is_train):
+    upright = np.zeros((60, 100, 3), np.uint8)
+    upright[8:28, 62:92, 0] = 255  # off both axes, so that no flip or turn maps it onto itself
+    turns = {1: 0, 3: 2, 6: 1, 8: 3}[orientation]  # quarter turns to the left from upright to stored
+    stored = np.rot90(upright, turns)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
+    if annotated == "as stored" and turns % 2 == 0:
+        pytest.skip("the sizes agree, so nothing tells that the annotation is not upright")
+    seen = upright if annotated == "upright" else stored
+    rows, columns = np.nonzero(seen[..., 0])
+    box = [int(v) for v in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
+    record = {
+        "file_name": str(tmp_path / "a.png"), "height": seen.shape[0], "width": seen.shape[1], "image_id": 1,
+        "annotations": [{"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}],
+    }  # fmt: skip
+    np.random.seed(0)
+    mapper = OpenVocabularyMapper(is_train, image_size=200, scale_range=(1, 1), colour_jitter=0.0, with_masks=False)
+    out = mapper(record)
+    red = (out["image"][0] > 128) & (out["image"][1] < 100)
+    y, x = torch.nonzero(red, as_tuple=True)
+    pixels = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
+    if is_train:
+        boxes = out["instances"].gt_boxes.tensor
+    else:  # the evaluation's way back: from the scaled picture to the annotated one
+        scale = seen.shape[1] / out["image"].shape[2]
+        pixels, boxes = pixels * scale, torch.tensor([[box[0], box[1], box[0] + box[2], box[1] + box[3]]])
+    torch.testing.assert_close(boxes[0].float(), pixels, atol=2.0, rtol=0)
+
+
 def test_unreadable_picture_is_skipped_counted_and_reported_once(record, tmp_path, caplog):
     broken = dict(record, file_name=str(tmp_path / "broken.jpg"))
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from ovd.evaluation import lvis_evaluator
 from ovd.evaluation.lvis_evaluator import OpenVocabularyEvaluator, evaluate_report, evaluate_results
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR@300", "ARs@300", "ARm@300", "ARl@300")
@@ -108,13 +107,6 @@ def test_the_limit_per_picture_counts_over_all_classes_like_the_lvis_package(lvi
         assert measured[name] == pytest.approx(expected[name], abs=1e-10, nan_ok=True), name
 
 
-def test_measuring_few_classes_at_a_time_changes_nothing(lvis_100, monkeypatch):
-    results = perturbed_detections(lvis_100, 2, 2)
-    at_once = evaluate_results(lvis_100, results)
-    monkeypatch.setattr(lvis_evaluator, "_CATEGORIES_AT_ONCE", 17)
-    assert evaluate_results(lvis_100, results) == pytest.approx(at_once, abs=0, nan_ok=True)
-
-
 def box_to_polygon(x, y, w, h):
     return [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
@@ -177,7 +169,9 @@ def test_the_tiny_case_gives_the_numbers_derived_by_hand():
     assert metrics["AP_base"] == pytest.approx((dog + cat) / 2)
     assert metrics["AR@300"] == pytest.approx((1 + 0.5 + 0.85) / 3)
     assert metrics["AR@300_base"] == pytest.approx((0.5 + 0.85) / 2)
-    assert metrics["AR@300_novel"] == pytest.approx(1.0)
+    assert metrics["AR@300_novel"] == metrics["ARr@300"] == pytest.approx(1.0)
+    assert [metrics[key] for key in ("ARc@300", "ARf@300")] == pytest.approx([0.5, 0.85])
+    assert metrics["AP50_base"] == pytest.approx((51 / 101 + 1) / 2) and metrics["AP_novel"] == metrics["APr"]
     assert [c.AP for c in report.categories] == pytest.approx([owl, dog, cat])
     assert [(c.name, c.num_ground_truth) for c in report.categories] == [("owl", 1), ("dog", 2), ("cat", 2)]
 
@@ -196,6 +190,13 @@ def test_no_detection_at_all_is_zero_where_there_are_objects(iou_type):
     metrics = evaluate_results(tiny_ground_truth(), [], iou_type)
     assert metrics["AP"] == metrics["APs"] == metrics["APr"] == metrics["AR@300"] == 0.0
     assert math.isnan(metrics["APl"])
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_no_object_at_all_is_nothing_to_measure(iou_type):
+    ground_truth = {**tiny_ground_truth(), "annotations": []}
+    results = [as_result(np.ones((100, 100), np.uint8), 1, 0.9, 2)]
+    assert all(math.isnan(value) for value in evaluate_results(ground_truth, results, iou_type).values())
 
 
 def test_objects_of_pictures_without_detections_count_as_missed():
@@ -321,6 +322,20 @@ def test_the_detectron2_evaluator_gives_a_perfect_detector_full_marks_and_writes
     assert written["metrics"]["bbox"]["AP"] == pytest.approx(1.0)
     assert written["metrics"]["bbox"]["APl"] is None
     assert "| bbox | 100.0 |" in (tmp_path / "summary.md").read_text().replace("  ", " ")
+
+
+def test_the_detectron2_evaluator_writes_intervals_and_fixed_ap_when_asked(tmp_path):
+    ground_truth = tiny_ground_truth()
+    evaluator = OpenVocabularyEvaluator(ground_truth, tmp_path, max_dets=1, samples=5, fixed_ap=True)
+    for image in ground_truth["images"]:
+        instances = perfect_instances(ground_truth, image["id"], False)
+        evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
+    metrics = evaluator.evaluate()["bbox"]
+    assert metrics["AP_fixed"] == metrics["APr_fixed"] == 1.0 and metrics["AP"] < 1.0  # one detection a picture
+    written = json.loads((tmp_path / "metrics.json").read_text())["intervals"]["bbox"]
+    assert written["AP"]["value"] == pytest.approx(metrics["AP"])
+    text = (tmp_path / "summary.md").read_text()
+    assert "Intervals over 5 resamples, bbox" in text and "Fixed AP (10,000 a class, percent)" in text
 
 
 def test_reset_forgets_and_unseen_pictures_are_reported(caplog):

@@ -7,7 +7,8 @@ import torch
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 
-from ovd.modeling.rcnn import DetectorConfig, OpenVocabularyRCNN, build_detector
+from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
 
 SMALL = {"image_size": 160, "pyramid_channels": 16, "box_fc_dim": 32, "box_conv_dim": 16, "mask_conv_dim": 16}
 
@@ -215,3 +216,47 @@ def test_lazy_config_builds_the_detector(image_text_folder) -> None:
     model = instantiate(config.model)
     crops = {"vlm_mode": "crops", "vlm_crop_size": 96, "vlm_box_scale": 1.1}  # the config's own choice
     assert model.architecture == DetectorConfig(pyramid_channels=16, alpha=0.1, **crops)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"proposals": "localization", "rpn_quality_target": "iou", "rpn_box_coding": "deltas", "rpn_num_conv": 2},
+        {"proposals": "localization", "background": "empty_prompt", "learn_classifier_scale": False},
+        {"classification": "sigmoid"},
+        {"classification": "sigmoid", "federated_loss": "sampled", "federated_classes": 2},
+        {"classification": "sigmoid", "federated_loss": "verified"},
+    ],
+)
+def test_every_choice_trains_all_its_parameters_and_detects(image_text, fields: dict) -> None:
+    model = small_detector(image_text, **fields).train()
+    model.set_text_embeddings(words(3))
+    batch = [training_picture(0) | {"verified_classes": [0, 2]}, training_picture(1, 0) | {"verified_classes": []}]
+    with EventStorage():
+        losses = model(batch)
+    sum(losses.values()).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    instances = model.eval()([picture() | {"height": 80, "width": 100}])[0]["instances"]
+    assert len(instances) and instances.scores.isfinite().all()
+
+
+def test_the_empty_prompts_embedding_is_the_background(image_text) -> None:
+    classifier = small_detector(image_text, background="empty_prompt").roi_heads.box_predictor.cls_score
+    with torch.no_grad():
+        expected = image_text.model.encode_text(image_text.tokenizer([""]), normalize=True)[0]
+    torch.testing.assert_close(classifier.background_embedding, expected)
+
+
+def test_another_background_comes_with_the_vocabulary(image_text) -> None:
+    model, background = small_detector(image_text, background="empty_prompt"), words(1)[0]
+    model.set_text_embeddings(words(3), background_embedding=background)
+    classifier = model.roi_heads.box_predictor.cls_score
+    torch.testing.assert_close(classifier.background_embedding, background / background.norm())
+
+
+def test_a_choice_that_has_no_use_is_named() -> None:
+    with pytest.raises(ValueError, match="'empty_prompt' has no use with sigmoid"):
+        DetectorConfig(background="empty_prompt", classification="sigmoid")
+    with pytest.raises(ValueError, match="background is 'zero'"):
+        DetectorConfig(background="zero")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ovd.modeling import score_fusion
 from ovd.modeling.score_fusion import apply_objectness, background_first, background_last, fuse_scores
 
 IS_BASE = torch.tensor([True, False, False])
@@ -42,6 +43,39 @@ def test_image_text_background_is_not_used() -> None:
     without = p.clone()
     without[:, 0] = 0
     torch.testing.assert_close(fuse_scores(z, p, IS_BASE), fuse_scores(z, without, IS_BASE))
+
+
+def test_background_is_the_detectors_before_renormalisation() -> None:
+    z, p = random_scores()
+    for alpha, beta in ((0.35, 0.65), (1.0, 0.0)):
+        fused = fuse_scores(z, p, IS_BASE, alpha, beta)
+        weight = torch.tensor([alpha, beta, beta])
+        classes = torch.exp((1 - weight) * z[:, 1:].log() + weight * p[:, 1:].log())
+        total = z[:, 0] + classes.sum(dim=1)
+        torch.testing.assert_close(fused[:, 0] * total, z[:, 0])
+        torch.testing.assert_close(fused[:, 1:] * total[:, None], classes)
+
+
+def test_base_classes_have_alpha_and_novel_ones_beta() -> None:
+    z, p = random_scores()
+    fused = fuse_scores(z, p, IS_BASE, 0.0, 1.0)
+    expected = torch.cat([z[:, :2], p[:, 2:]], dim=1)
+    torch.testing.assert_close(fused, expected / expected.sum(dim=1, keepdim=True))
+
+
+def test_parts_give_what_the_whole_gives(monkeypatch) -> None:
+    z, p = random_scores(11)
+    whole = fuse_scores(z, p, IS_BASE)
+    monkeypatch.setattr(score_fusion, "_VALUES_AT_ONCE", 9)
+    assert torch.equal(fuse_scores(z, p, IS_BASE), whole)
+    assert fuse_scores(z[:0], p[:0], IS_BASE).shape == (0, 4)
+
+
+def test_gradients_pass_through() -> None:
+    z, p = random_scores()
+    z.requires_grad_()
+    fuse_scores(z, p, IS_BASE)[:, 1].sum().backward()
+    assert torch.isfinite(z.grad).all() and (z.grad != 0).any()
 
 
 def test_permuting_classes_permutes_columns() -> None:

@@ -49,3 +49,61 @@ def test_bad_embeddings_get_a_clear_error(embeddings: torch.Tensor, message: str
 def test_running_without_a_vocabulary_says_so() -> None:
     with pytest.raises(ValueError, match="no vocabulary yet"):
         TextClassifier(8, 4)(torch.zeros(1, 8))
+
+
+def test_a_fixed_background_is_the_last_class_and_has_no_gradient() -> None:
+    torch.manual_seed(0)
+    background = torch.randn(4) * 3
+    classifier = TextClassifier(8, 4, scale=20.0, background_embedding=background)
+    words, features = torch.randn(3, 4), torch.randn(6, 8)
+    classifier.set_text_embeddings(words)
+    region = features @ classifier.projection.weight.T + classifier.projection.bias
+    torch.testing.assert_close(classifier(features)[:, 3], 20.0 * F.cosine_similarity(region, background[None]))
+    assert "background_embedding" in classifier.state_dict()
+    assert "background_embedding" not in dict(classifier.named_parameters())
+
+
+def test_a_fixed_background_moves_with_the_vocabulary_and_stays_without_a_new_one() -> None:
+    classifier = TextClassifier(8, 4, background_embedding=torch.tensor([1.0, 0, 0, 0]))
+    classifier.set_text_embeddings(torch.randn(3, 4), torch.tensor([0.0, 2, 0, 0]))
+    classifier.set_text_embeddings(torch.randn(2, 4))
+    assert classifier.background_embedding.tolist() == [0, 1, 0, 0]
+    with pytest.raises(ValueError, match="learned"):
+        TextClassifier(8, 4).set_text_embeddings(torch.randn(3, 4), torch.randn(4))
+
+
+def test_sigmoid_scores_of_a_subset_are_the_full_vocabularys_columns() -> None:
+    torch.manual_seed(0)
+    classifier, words = TextClassifier(8, 4, classification="sigmoid"), torch.randn(7, 4)
+    features, subset = torch.randn(5, 8), [5, 0, 3]
+    classifier.set_text_embeddings(words)
+    full = classifier.probabilities(classifier(features))
+    classifier.set_text_embeddings(words[subset])
+    part = classifier.probabilities(classifier(features))
+    torch.testing.assert_close(part[:, :-1], full[:, subset])
+    assert (part[:, -1] == 0).all()
+
+
+def test_softmax_scores_of_a_subset_are_not() -> None:
+    torch.manual_seed(0)
+    classifier, words, features = TextClassifier(8, 4), torch.randn(7, 4), torch.randn(5, 8)
+    classifier.set_text_embeddings(words)
+    full = classifier.probabilities(classifier(features))
+    torch.testing.assert_close(full.sum(dim=1), torch.ones(5))
+    classifier.set_text_embeddings(words[:3])
+    assert not torch.allclose(classifier.probabilities(classifier(features))[:, :3], full[:, :3])
+
+
+def test_sigmoid_starts_near_no_for_every_class_and_trains_all_its_parameters() -> None:
+    torch.manual_seed(0)
+    classifier = TextClassifier(8, 4, scale=1.0, classification="sigmoid")
+    classifier.set_text_embeddings(torch.randn(5, 4))
+    scores = classifier.probabilities(classifier(torch.randn(3, 8)))[:, :-1]
+    assert scores.max() < 0.03
+    scores.sum().backward()
+    assert all(p.grad is not None for p in classifier.parameters())
+
+
+def test_unknown_classification_is_named() -> None:
+    with pytest.raises(ValueError, match="classification is 'tanh'; choose one of softmax, sigmoid"):
+        TextClassifier(8, 4, classification="tanh")

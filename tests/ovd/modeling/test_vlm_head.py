@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ovd.modeling import vlm_head
 from ovd.modeling.backbone import WindowedViT
 from ovd.modeling.vlm_head import CropTextHead, ImageTextHead, shrink_boxes, square_boxes
 
@@ -40,6 +41,17 @@ def test_logits_are_scaled_cosines_and_probabilities_have_no_background(image_te
     probabilities = head.probabilities(feature_map, boxes)
     assert (probabilities[:, 0] == 0).all()
     torch.testing.assert_close(probabilities[:, 1:], expected.softmax(dim=1))
+
+
+@torch.no_grad()
+def test_probabilities_in_parts_are_those_of_the_whole(image_text, monkeypatch) -> None:
+    head = ImageTextHead(image_text.model.visual, 64, scale=30.0)
+    head.set_text_embeddings(torch.randn(5, 64))
+    feature_map, boxes = torch.randn(1, 96, 10, 10), [torch.rand(9, 4) * 60 + torch.tensor([0.0, 0, 80, 80])]
+    whole = head.probabilities(feature_map, boxes)
+    monkeypatch.setattr(vlm_head, "_VALUES_AT_ONCE", 13)
+    torch.testing.assert_close(head.probabilities(feature_map, boxes), whole)
+    assert head.probabilities(feature_map, [torch.zeros(0, 4)]).shape == (0, 6)
 
 
 def test_shrinking_keeps_the_centre() -> None:

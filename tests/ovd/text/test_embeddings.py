@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovd.text.embeddings import embed_vocabulary, load_embeddings
+from ovd.text.embeddings import class_prompts, cut_words, embed_vocabulary, read_matrix, read_templates
 from ovd.text.vocabulary import Vocabulary
 
 
@@ -53,14 +53,53 @@ def test_template_without_a_place_for_the_word_is_refused(image_text) -> None:
         embed_vocabulary(Vocabulary.parse("cat"), image_text, ("a photo",))
 
 
+def test_only_new_words_go_through_the_text_tower(image_text, monkeypatch) -> None:
+    memory: dict = {}
+    first = embed_vocabulary(Vocabulary.parse("cat, dog, owl"), image_text, memory=memory)
+    seen = []
+    encode = image_text.model.encode_text
+    monkeypatch.setattr(image_text.model, "encode_text", lambda tokens: seen.append(len(tokens)) or encode(tokens))
+    again = embed_vocabulary(Vocabulary.parse("owl, taco, cat"), image_text, ("{}", "a {}"), memory=memory)
+    assert seen == [6]  # other templates: nothing is known
+    seen.clear()
+    again = embed_vocabulary(Vocabulary.parse("owl, taco, cat"), image_text, memory=memory)
+    assert seen == [4]  # the four prompts of "taco"
+    torch.testing.assert_close(again[[2, 0]], first[[0, 2]])
+
+
+def test_batches_do_not_change_the_result(image_text) -> None:
+    vocabulary = Vocabulary.from_categories(
+        [{"id": i, "name": f"thing {i}", "synonyms": [f"object {j}" for j in range(i)]} for i in range(5)]
+    )
+    one = embed_vocabulary(vocabulary, image_text, use_synonyms=True, batch_size=1000)
+    torch.testing.assert_close(embed_vocabulary(vocabulary, image_text, use_synonyms=True, batch_size=3), one)
+
+
+def test_token_counts_of_cut_words(image_text) -> None:
+    prompts = class_prompts(Vocabulary.parse(["cat", "dog " * 30]), ("a {}",))
+    assert cut_words(prompts, image_text.tokenizer) == {1: 33}  # start, "a", 30 times "dog", end
+
+
+def test_template_files(tmp_path: Path) -> None:
+    file = tmp_path / "templates.txt"
+    file.write_text("a {}\n\n a photo of a {} \n")
+    assert read_templates(file) == ("a {}", "a photo of a {}")
+    file.write_text("a {}\na photo\n")
+    with pytest.raises(ValueError, match="'a photo' without {}"):
+        read_templates(file)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_templates(tmp_path / "none.txt")
+
+
 def test_matrix_files_are_checked_and_normalised(tmp_path: Path) -> None:
     file = tmp_path / "matrix.npy"
     np.save(file, np.full((2, 4), 3.0))
-    torch.testing.assert_close(load_embeddings(file, 2, 4), torch.full((2, 4), 0.5))
+    torch.testing.assert_close(read_matrix(file, 2, 4), torch.full((2, 4), 0.5))
     with pytest.raises(ValueError, match=r"shape \(2, 4\).*\(3, 4\)"):
-        load_embeddings(file, 3, 4)
+        read_matrix(file, 3, 4)
     with pytest.raises(ValueError, match="does not exist"):
-        load_embeddings(tmp_path / "none.npy", 2, 4)
-    file.write_text("no matrix")
-    with pytest.raises(ValueError, match="not a .npy matrix"):
-        load_embeddings(file, 2, 4)
+        read_matrix(tmp_path / "none.npy", 2, 4)
+    for content in (b"no matrix", b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="not a .npy matrix"):
+            read_matrix(file, 2, 4)

@@ -1,0 +1,64 @@
+"""Two real processes train one detector, started as torchrun starts them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+_PROCESS = """
+import sys, torch
+from detectron2.utils import comm
+from ovd.engine import trainer
+from ovd.engine.lazy_config import load_config
+from ovd.engine.processes import run_in_processes
+
+def work(config, overrides, folder):
+    loop = trainer._run_loop
+    def kept(cfg, model, output, resume):
+        loop(cfg, model, output, resume)
+        torch.save(model.state_dict(), f"{folder}/{comm.get_rank()}.pt")
+    trainer._run_loop = kept
+    trainer.train(load_config(config, overrides))
+
+torch.set_num_threads(1)
+run_in_processes(work, 1, (sys.argv[1], sys.argv[3:], sys.argv[2]))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_share_batches_average_losses_and_keep_equal_weights(config_overrides, tmp_path):
+    root = str(Path(__file__).resolve().parents[3])
+    common = {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    overrides = [*config_overrides, "train.max_iter=3", "train.amp=bfloat16", "train.clip_norm=1.0"]
+    command = [sys.executable, "-c", _PROCESS, "configs/ovd/mini_lvis.py", str(tmp_path), *overrides]
+    processes = []
+    try:
+        for rank in range(2):
+            environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (tmp_path / f"{rank}.log").open("wb") as log:
+                processes.append(subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log))
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join((tmp_path / f"{rank}.log").read_text()[-3000:] for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["iteration"] for line in lines] == [0, 1, 2]  # one process writes
+    for line in lines:
+        parts = [value for name, value in line.items() if name.startswith("loss_")]
+        assert abs(sum(parts) - line["total_loss"]) < 1e-4 and line["gradient_norm"] > 0
+    assert (tmp_path / "run" / "detector" / "model.safetensors").is_file()
