@@ -6,11 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # reading it is only possible by setting it
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; what is written there replaces `path` when the block ends well.
 
-    The folder is made if it is missing. If the block raises, the temporary file is removed and `path` is untouched.
+    The folder is made if it is missing. If the block raises, the temporary file is removed and `path` is untouched. The
+    file gets the permissions of an ordinary new file, whatever its writer set (safetensors: its owner's only).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,6 +24,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
         _flush_folder(path.parent)
     finally:
