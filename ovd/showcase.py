@@ -27,19 +27,20 @@ def novel_scenes(annotations: str | Path, root: str | Path, pictures: int) -> tu
     return [str(Path(root) / files[image]) for image in best], sorted(novel.values())
 
 
-def write_grid(folder: str | Path, target: str | Path, shown: int, columns: int = 4) -> Path:
+def write_grid(folder: str | Path, target: str | Path, shown: int, columns: int = 3) -> Path:
     """Put the annotated pictures with the most confident detections into one PNG, right or wrong.
 
     Args:
         folder: output of `tools/demo.py`: pictures and `detections.json`.
-        shown: at most so many pictures.
+        shown: at most so many pictures; those without a detection are left out where any has one.
     """
     found = json.loads((Path(folder) / "detections.json").read_text())
     confidence = {image["id"]: 0.0 for image in found["images"]}
     for annotation in found["annotations"]:
         confidence[annotation["image_id"]] = max(confidence[annotation["image_id"]], annotation["score"])
     files = {image["id"]: Path(folder) / f"{Path(image['file_name']).stem}.png" for image in found["images"]}
-    best = sorted(confidence, key=lambda image: (-confidence[image], image))[:shown]
+    found_in = [image for image in confidence if confidence[image] > 0] or list(confidence)
+    best = sorted(found_in, key=lambda image: (-confidence[image], image))[:shown]
     pictures = [np.asarray(Image.open(files[image]).convert("RGB")) for image in best]
     return write_png_atomic(target, image_grid(pictures, columns))
 

@@ -1,6 +1,6 @@
 """Run a study (several settings, several seeds) and report it: one table, one plot of accuracy over training time.
 
-python tools/study.py --study configs/studies/reclip_mini.yaml [--only NAME …] [--list] [--report]
+python tools/study.py --study configs/studies/reclip_mini.yaml [--only NAME …] [--list | --time | --report]
 
 Runs whose result is there are skipped; a stopped one continues with the same command. The report is renewed after every
 run and says what is missing.
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="just this run; can be repeated")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="say what there is and what is done; run nothing")
+    what.add_argument("--time", action="store_true", help="time every phase (leave the machine alone), then report")
     what.add_argument("--report", action="store_true", help="write table and plot from what is done; run nothing")
     options = parser.parse_args(arguments)
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     from pretrain.config import ConfigError
     from pretrain.engine.study import choose, load_study, progress, run_job
     from pretrain.engine.study_report import write_report
+    from pretrain.engine.study_timing import time_study
     from pretrain.modeling.checkpoint import CheckpointError
 
     failed = 0
@@ -38,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
             for job in jobs:
                 print(f"{progress(job):8} {job.title:32} {job.folder}")
             return 0
-        for number, job in enumerate([] if options.report else jobs, start=1):
+        if options.time:
+            time_study(study)
+        for number, job in enumerate([] if options.report or options.time else jobs, start=1):
             if progress(job) == "done":
                 continue
             print(f"[{number}/{len(jobs)}] {job.title}: {job.folder}", flush=True)

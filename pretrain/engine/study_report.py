@@ -5,12 +5,13 @@ A part of the runs gives a part of the table, which then says what is missing. N
 
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.atomic import replacing, write_atomically
 from pretrain.config import ConfigError
 from pretrain.engine.study import Result, RunSpec, Study, StudyConfig, read_result
+from pretrain.engine.study_timing import read_timing, timed_seconds
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ class Row:
 
 
 def collect(study: Study) -> dict[str, dict[int, Result]]:
-    """The results there are, by run and seed."""
+    """The results there are, by run and seed; training times from the study's timing where there is one."""
     found: dict[str, dict[int, Result]] = {spec.name: {} for spec in study.config.runs}
+    timing = read_timing(study)
     for job in study.jobs:
         result = read_result(job)
         if result:
-            found[job.spec.name][job.seed] = result
+            # One way to measure for all: of phases timed on a quiet machine, or of the runs as they happened.
+            seconds = timed_seconds(job, timing) if timing else result.train_seconds
+            found[job.spec.name][job.seed] = replace(result, train_seconds=seconds)
     return found
 
 
@@ -211,15 +215,28 @@ def format_report(study: Study, results: dict[str, dict[int, Result]], plot: Pat
     lines.append(
         f"Zero-shot accuracy in percent, mean ± sample standard deviation over seeds: {counts}, among "
         f"{first[config.split]['classes']} names (chance {100 * first[config.split]['chance']:.2f}), judged at "
-        f"{config.image_size} px unless the row says otherwise. Training time is measured: the sum of the steps, "
-        "waiting for data included, evaluation and the program's start not. FLOPs are computed, of both towers. Ratios "
-        "and differences are to the baseline, over the seeds that both have."
+        f"{config.image_size} px unless the row says otherwise. {_how_timed(study)} FLOPs are computed, of both "
+        "towers. Ratios and differences are to the baseline, over the seeds that both have."
     )
     lines += ["", verdict(config, rows), ""]
     if plot:
         lines += [f"![accuracy over training time]({plot.name})", ""]
     lines += [f"- {line}" for line in provenance(study, results)]
     return "\n".join(lines) + "\n"
+
+
+def _how_timed(study: Study) -> str:
+    timing = read_timing(study)
+    if timing is None:
+        return (
+            "Training time is measured: the sum of the steps as the runs went, waiting for data included, evaluation "
+            "and the program's start not."
+        )
+    return (
+        f"Training time is measured: steps of every phase, data included, timed in turn by `{_command(study)} --time` "
+        f"({timing.date}, load average {timing.load_before:.1f} before it), medians times the number of steps; the "
+        "runs themselves did not have the machine to themselves."
+    )
 
 
 def draw_plot(study: Study, results: dict[str, dict[int, Result]], path: Path) -> None:

@@ -19,7 +19,8 @@ from pretrain.config import ConfigError, to_yaml
 from pretrain.engine import study as study_module
 from pretrain.engine.cost import describe_towers, phase_cost
 from pretrain.engine.study import Result, RunSpec, Study, StudyConfig, choose, load_study, progress, read_result
-from pretrain.engine.study_report import Spread, format_report, make_rows, missing, verdict, write_report
+from pretrain.engine.study_report import Spread, collect, format_report, make_rows, missing, verdict, write_report
+from pretrain.engine.study_timing import TIMING_FILE, Timing, distinct_phases, read_timing, time_study
 from pretrain.engine.train import Trainer
 from pretrain.modeling.checkpoint import WEIGHTS_FILE
 
@@ -296,6 +297,41 @@ def test_a_partial_study_says_what_is_missing(measured):
     without = format_report(study, {**results, "baseline": {}}, None)
     assert "- baseline: seeds 0, 1, 2" in without and "Nothing to compare yet" in without
     assert "Nothing is measured yet" in format_report(study, {name: {} for name in results}, None)
+
+
+def write_result(job, train_seconds: float) -> None:
+    """As if the job had run."""
+    measured = {"top1": 0.1, "top5": 0.5, "chance": 0.1, "images": 4, "classes": 12}
+    done = Result(
+        train_seconds, 1000, {str(size): {"val": measured} for size in job.sizes}, study_module._judged(job),
+        "today", "here", "code",
+    )  # fmt: skip
+    write_atomically(job.folder / "result.json", json.dumps(asdict(done)))
+
+
+def test_times_come_from_the_timing_of_phases_where_there_is_one(make_study):
+    """Baseline: 3 large steps; two: 3 small and 2 large; so 3·2 = 6 s and 3·0.5 + 2·2 = 5.5 s at 0.5 and 2 s a step."""
+    study = make_study(seeds=[0])
+    for job in study.jobs:
+        write_result(job, train_seconds=1000.0)
+    assert {run[0].train_seconds for run in collect(study).values()} == {1000.0}
+    phases = distinct_phases(study)
+    sizes = {key: phase.image_size for key, (_, phase) in phases.items()}
+    assert sorted(sizes.values()) == [32, 32, 64]  # small steps with another weight decay are timed apart
+    timing = Timing({key: {32: 0.5, 64: 2.0}[size] for key, size in sizes.items()}, {}, "today", "here", "code", 0.1)
+    write_atomically(Path(study.config.output) / TIMING_FILE, json.dumps(asdict(timing)))
+    seconds = {name: run[0].train_seconds for name, run in collect(study).items()}
+    assert seconds == {"baseline": 6.0, "two": 5.5, "one": 1.5}
+    assert "load average 0.1 before it" in format_report(study, collect(study), None)
+    changed = make_study(seeds=[0], runs=[{"name": "baseline", "overrides": {"phases": [{**LARGE, "batch_size": 6}]}}])
+    assert read_timing(changed) is None  # a phase that was never timed: as the runs went
+
+
+def test_timing_measures_steps_of_the_real_loop(make_study):
+    study = make_study(seeds=[0])
+    timing = time_study(study, repeats=2, steps=1)
+    assert read_timing(study) == replace(timing, spread={key: list(value) for key, value in timing.spread.items()})
+    assert timing.seconds.keys() == distinct_phases(study).keys() and all(t > 0 for t in timing.seconds.values())
 
 
 def test_the_plot_is_an_image_with_something_on_it(make_study):
