@@ -105,9 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     write_atomically(Path("demo/table.md"), text)
     print(f"\n{text}\nOn a vendor whose drawings were never seen; r = classes never trained on by the detector.")
     for _, _, run in runs.values():
-        print(
-            f"pictures: demo/{run.name}.png (at most {SHOWN}, the surest first, right or wrong); all in demo/{run.name}/"
-        )
+        print(f"pictures: demo/{run.name}.png (at most {SHOWN}, surest first, right or wrong); all in demo/{run.name}/")
     print("table:    demo/table.md")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
