@@ -226,7 +226,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Pretrai
         if key.startswith("phases") and "phases" not in node:  # a list index needs the list it counts in
             node.phases = [asdict(phase) for phase in PretrainConfig().phases]
         try:
-            OmegaConf.update(node, key, OmegaConf.create(f"value: {value}").value)
+            # A group replaces the group: {} clears what the file has, back to the defaults.
+            OmegaConf.update(node, key, OmegaConf.create(f"value: {value}").value, merge=False)
         except Exception as error:  # OmegaConf's, the YAML parser's, and plain ones for a list index that is not there
             raise ConfigError(f"override {override!r}: {str(error).splitlines()[0]}") from error
     try:

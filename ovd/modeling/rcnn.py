@@ -22,7 +22,7 @@ from ovd.modeling.image_tower import plain_tower, value_attention
 from ovd.modeling.proposals import build_rpn
 from ovd.modeling.roi_heads import Distillation, OpenVocabularyROIHeads, RegionScores
 from ovd.modeling.text_classifier import TextClassifier
-from ovd.modeling.vlm_head import CropTextHead, ImageTextHead
+from ovd.modeling.vlm_head import CropTextHead, ImageTextHead, RegionTextHead
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 
 
@@ -186,7 +186,7 @@ def _image_text_scale(config: DetectorConfig, image_text: ImageTextModel) -> flo
 
 def _build_image_text_head(
     config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module
-) -> ImageTextHead | None:
+) -> RegionTextHead | None:
     if config.vlm_mode == "off":
         return None
     tower = None

@@ -16,7 +16,7 @@ from ovd.losses.distillation import RegionTeacher, distillation_loss
 from ovd.modeling.box_head import DistilledHead
 from ovd.modeling.score_fusion import apply_objectness, background_first, fuse_scores
 from ovd.modeling.selection import select_best
-from ovd.modeling.vlm_head import ImageTextHead
+from ovd.modeling.vlm_head import RegionTextHead
 
 # Weight of the distilled head in ViLD's ensemble, for base and for novel classes (section 3.4).
 ENSEMBLE_ALPHA, ENSEMBLE_BETA = 1 / 3, 2 / 3
@@ -95,7 +95,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
     def __init__(
         self,
         *,
-        image_text_head: ImageTextHead | None,
+        image_text_head: RegionTextHead | None,
         alpha: float = 0.35,
         beta: float = 0.65,
         objectness_delta: float = 0.0,

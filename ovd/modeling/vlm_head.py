@@ -6,6 +6,7 @@ This file has nothing to train and no background score: fusion takes the backgro
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -27,73 +28,48 @@ def shrink_boxes(boxes: Tensor, factor: float) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=1)
 
 
-class ImageTextHead(nn.Module):
-    """Score regions against the vocabulary with the image-text model's own head.
+class RegionTextHead(nn.Module, ABC):
+    """Score regions against the vocabulary with the image-text model.
 
-    Contract: a (B, D, h, w) map and B lists of boxes -> (R, C) float32 logits; `probabilities` gives (R, 1 + C) with a
-    zero background column 0. All weights are copies and frozen.
+    Contract: what `feature_map` gives and B lists of boxes -> (R, C) float32 logits; `probabilities` gives (R, 1 + C)
+    with a zero background column 0. All weights are copies and frozen.
 
     Args:
-        visual: open_clip image tower (`TimmModel`) whose pooled norm and projection are copied.
+        stride: patch size of the tower in pixels.
         embed_dim: width of the joint space.
         scale: factor on the cosine, usually the model's own exp(logit_scale).
-        output_size: side of the RoIAlign grid that is averaged.
         box_scale: factor on the boxes about their centres.
-        tower: frozen copy of the pretrained tower; None scores the detector's own backbone map.
     """
 
-    def __init__(
-        self,
-        visual: nn.Module,
-        embed_dim: int,
-        scale: float,
-        output_size: int = 7,
-        box_scale: float = 1.0,
-        tower: WindowedViT | None = None,
-    ) -> None:
+    def __init__(self, stride: int, embed_dim: int, scale: float, box_scale: float) -> None:
         super().__init__()
-        trunk = visual.trunk
-        # A class-token tower reads regions through its copy only, whose last block MaskCLIP's reading has replaced.
-        pools = ("avg",) if tower is None else ("avg", "token")
-        if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool not in pools:
-            raise ValueError(
-                f"the image tower pools by {trunk.global_pool!r}, but region scores need average pooling over patches; "
-                "use vlm_mode crops (or frozen_copy for a class token), or a tower with timm's global_pool 'avg'"
-            )
-        self.fc_norm = copy.deepcopy(trunk.fc_norm)
-        self.trunk_head = copy.deepcopy(trunk.head)
-        self.projection = copy.deepcopy(visual.head)
-        self.tower = tower
-        self.stride = trunk.patch_embed.proj.kernel_size[0]
-        self.embed_dim, self.scale = embed_dim, float(scale)
-        self.output_size, self.box_scale = output_size, box_scale
+        self.stride, self.embed_dim = stride, embed_dim
+        self.scale, self.box_scale = float(scale), box_scale
         self.register_buffer("text_embeddings", torch.zeros(0, embed_dim), persistent=False)
-        self.requires_grad_(False)
-        self.train(self.training)
 
-    def train(self, mode: bool = True) -> "ImageTextHead":
-        """Stay in evaluation mode: nothing here is trained."""
+    @abstractmethod
+    def feature_map(
+        self, features: dict[str, Tensor], images: Tensor, image_sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """What regions are read from, of the detector's features and the normalised pixels (B, 3, H, W)."""
+
+    @abstractmethod
+    def embed_regions(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """Normalised joint-space embeddings (R, embed_dim) of B lists of xyxy pixel boxes."""
+
+    def freeze(self) -> None:
+        """To be called when all modules are there: nothing here is trained."""
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "RegionTextHead":
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def set_text_embeddings(self, embeddings: Tensor) -> None:
         """Make the rows of a (C, D) matrix the classes; they are normalised here."""
         device = next(self.parameters()).device
         self.text_embeddings = check_text_embeddings(embeddings, self.embed_dim).to(device)
-
-    def feature_map(
-        self, features: dict[str, Tensor], images: Tensor, image_sizes: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """The (B, D, h, w) map to score: the frozen copy's own when there is one, else the backbone's."""
-        return features[FEATURE] if self.tower is None else self.tower(images, image_sizes)[FEATURE]
-
-    def embed_regions(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Normalised joint-space embeddings (R, embed_dim) of B lists of xyxy pixel boxes."""
-        boxes = [shrink_boxes(b, self.box_scale).to(feature_map.dtype) for b in boxes]
-        pooled = roi_align(
-            feature_map, boxes, self.output_size, spatial_scale=1 / self.stride, sampling_ratio=2, aligned=True
-        )
-        embeddings = self.projection(self.trunk_head(self.fc_norm(pooled.mean(dim=(2, 3)))))
-        return F.normalize(embeddings.float(), dim=-1)
 
     @torch.no_grad()
     def forward(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
@@ -122,6 +98,59 @@ class ImageTextHead(nn.Module):
             return self.scale * regions @ self.text_embeddings.float().T
 
 
+class ImageTextHead(RegionTextHead):
+    """Score regions by RoIAlign on a feature map, then the image-text model's own pooling and projection (F-VLM).
+
+    Args:
+        visual: image tower with a timm `trunk` and a `head`, whose pooled norm and projection are copied.
+        embed_dim, scale, box_scale: see `RegionTextHead`.
+        output_size: side of the RoIAlign grid that is averaged.
+        tower: frozen copy of the pretrained tower; None scores the detector's own backbone map.
+
+    Raises:
+        ValueError: if the tower does not pool by an average over patches, so that regions have no place in its space.
+    """
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        embed_dim: int,
+        scale: float,
+        output_size: int = 7,
+        box_scale: float = 1.0,
+        tower: WindowedViT | None = None,
+    ) -> None:
+        trunk = visual.trunk
+        super().__init__(trunk.patch_embed.proj.kernel_size[0], embed_dim, scale, box_scale)
+        # A class-token tower reads regions through its copy only, whose last block MaskCLIP's reading has replaced.
+        pools = ("avg",) if tower is None else ("avg", "token")
+        if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool not in pools:
+            raise ValueError(
+                f"the image tower pools by {trunk.global_pool!r}, but region scores need average pooling over patches; "
+                "use vlm_mode crops (or frozen_copy for a class token), or a tower with timm's global_pool 'avg'"
+            )
+        self.fc_norm = copy.deepcopy(trunk.fc_norm)
+        self.trunk_head = copy.deepcopy(trunk.head)
+        self.projection = copy.deepcopy(visual.head)
+        self.tower, self.output_size = tower, output_size
+        self.freeze()
+
+    def feature_map(
+        self, features: dict[str, Tensor], images: Tensor, image_sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """The (B, D, h, w) map to score: the frozen copy's own when there is one, else the backbone's."""
+        return features[FEATURE] if self.tower is None else self.tower(images, image_sizes)[FEATURE]
+
+    def embed_regions(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """See `RegionTextHead`."""
+        boxes = [shrink_boxes(b, self.box_scale).to(feature_map.dtype) for b in boxes]
+        pooled = roi_align(
+            feature_map, boxes, self.output_size, spatial_scale=1 / self.stride, sampling_ratio=2, aligned=True
+        )
+        embeddings = self.projection(self.trunk_head(self.fc_norm(pooled.mean(dim=(2, 3)))))
+        return F.normalize(embeddings.float(), dim=-1)
+
+
 def square_boxes(boxes: Tensor, factor: float) -> Tensor:
     """Squares (N, 4) around xyxy boxes: same centre, side = factor times the longer side."""
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -129,14 +158,14 @@ def square_boxes(boxes: Tensor, factor: float) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=1)
 
 
-class CropTextHead(ImageTextHead):
+class CropTextHead(RegionTextHead):
     """Score each region by the whole pretrained tower on the region's own square crop (ViLD, section 3.2).
 
     Nothing of the surroundings reaches the score, which RoIAlign on the map of a whole scene cannot promise; the price
-    is one small image per proposal. The contract is `ImageTextHead`'s, with the pixels in the place of the map.
+    is one small image per proposal. Towers of any pooling will do.
 
     Args:
-        visual: open_clip image tower.
+        visual: image tower with a timm `trunk` and a `head`.
         embed_dim: width of the joint space.
         scale: factor on the cosine.
         crop_size: side in pixels that crops are resized to (anti-aliased), a multiple of the patch size.
@@ -147,15 +176,14 @@ class CropTextHead(ImageTextHead):
     def __init__(
         self, visual: nn.Module, embed_dim: int, scale: float, crop_size: int, box_scale: float, batch_size: int = 256
     ) -> None:
-        super().__init__(visual, embed_dim, scale, box_scale=box_scale)
+        super().__init__(visual.trunk.patch_embed.proj.kernel_size[0], embed_dim, scale, box_scale)
         patch = self.stride
         if crop_size < patch or crop_size % patch:
             raise ValueError(f"vlm_crop_size {crop_size} is not a multiple of the patch size {patch}; choose one")
         self.visual = copy.deepcopy(visual)
         self.visual.set_input_size(crop_size)
         self.crop_size, self.batch_size = crop_size, batch_size
-        self.requires_grad_(False)
-        self.train(False)
+        self.freeze()
 
     def feature_map(
         self, features: dict[str, Tensor], images: Tensor, image_sizes: Sequence[tuple[int, int]]
@@ -164,7 +192,7 @@ class CropTextHead(ImageTextHead):
         return images
 
     def embed_regions(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Normalised joint-space embeddings (R, embed_dim) of B lists of xyxy pixel boxes."""
+        """See `RegionTextHead`."""
         squares = [square_boxes(b, self.box_scale).to(feature_map.dtype) for b in boxes]
         # An adaptive number of samples a bin is what anti-aliases; outside the picture is the mean colour.
         crops = roi_align(feature_map, squares, self.crop_size, spatial_scale=1.0, sampling_ratio=-1, aligned=True)

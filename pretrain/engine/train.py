@@ -212,9 +212,11 @@ class Trainer:
     def _evaluate(self, index: int, step: int) -> None:
         """Zero-shot on every split, by the main process; the others wait, or compute the same in one program."""
         phase = self.config.phases[index].name
-        sharded = self.config.run.parallel == "fsdp"
-        model = self._whole_objective(index).model.to(self.device.torch_device) if sharded else self.model
         takes_part = self.processes.is_main or self.processes.one_program
+        # Whole on the evaluating device only; putting it together takes every process.
+        model = self._whole_objective(index).model if self.config.run.parallel == "fsdp" else self.model
+        if takes_part:
+            model.to(self.device.torch_device)
         for split, rows in self.data.evaluation.items() if takes_part else ():
             result = evaluate_zero_shot(
                 model, rows, self.data.classes, self.data.store, self.config.evaluation.templates,
@@ -231,6 +233,9 @@ class Trainer:
         self.processes.wait()
 
     def _save(self, index: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        # Putting split or global tensors together takes every process; else copying to the CPU is the main one's work.
+        if not (self.processes.is_main or self.processes.one_program or self.config.run.parallel == "fsdp"):
+            return
         state = {
             "config": self._identity(), "data": self.data.fingerprints,
             "phase": index, "step": step, "seconds": self._seconds,
@@ -246,6 +251,12 @@ class Trainer:
     def _write_summary(self, checkpoint: Path) -> None:
         lines = ["# Pretraining run", "", *(f"- {note}" for note in self.data.notes)]
         lines += [f"- {note}" for note in self.data.left_out()]
+        lines += [
+            f"- {result.broken} broken images of {split} left out of the evaluation after {phase}"
+            for phase, by_split in self.results.items()
+            for split, result in by_split.items()
+            if result.broken
+        ]
         lines.append(f"- training time: {self._seconds / 60:.1f} minutes on {self.device.describe()}")
         lines += [f"- checkpoint: {checkpoint}", "", "| phase | split | top-1 | top-5 | chance | images | classes |"]
         lines.append("|---|---|---|---|---|---|---|")

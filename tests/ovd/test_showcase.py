@@ -51,3 +51,5 @@ def test_the_grid_holds_the_pictures_with_the_surest_detections(tmp_path):
     grid = np.asarray(Image.open(write_grid(folder, tmp_path / "grid.png", shown=2, columns=2)))
     seen = {tuple(pixel) for pixel in grid.reshape(-1, 3)}
     assert colours[0] in seen and colours[2] in seen and colours[1] not in seen
+    more = np.asarray(Image.open(write_grid(folder, tmp_path / "more.png", shown=3, columns=2)))
+    assert np.array_equal(more, grid)  # the third picture shows nothing, and is left out

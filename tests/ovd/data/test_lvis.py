@@ -195,3 +195,17 @@ def test_pictures_are_counted(ground_truth, tmp_path):
     (tmp_path / "1.jpg").write_bytes(b"x")
     counts = check_leaks(ground_truth, [], [], image_folder=tmp_path).counts
     assert (counts["pictures_present"], counts["pictures_missing"]) == (1, 1)
+
+
+def test_of_a_class_that_is_not_labelled_exhaustively_nothing_is_known(tmp_path):
+    """Classes 3 (absent), 5 (labelled, all of them) and 7 (labelled, more may be there); of 9 nothing is said."""
+    truth = {
+        "images": [{"id": 1, "width": 9, "height": 9, "file_name": "a.png", "neg_category_ids": [3],
+                    "not_exhaustive_category_ids": [7]}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": c, "bbox": [1, 1, 4, 4], "area": 16} for i, c in ((1, 5), (2, 7))
+        ],
+        "categories": [{"id": i, "name": f"thing {i}", "frequency": "f"} for i in (3, 5, 7, 9)],
+    }  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(truth))
+    assert load_lvis(tmp_path / "a.json", tmp_path)[0][0]["verified_classes"] == [0, 1]

@@ -1,7 +1,9 @@
 """The whole network: training step, vocabulary change, fusion, modes."""
 
+import json
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
@@ -9,6 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
+from pretrain.modeling.checkpoint import load_checkpoint
 
 SMALL = {"image_size": 160, "pyramid_channels": 16, "box_fc_dim": 32, "box_conv_dim": 16, "mask_conv_dim": 16}
 
@@ -260,3 +263,42 @@ def test_a_choice_that_has_no_use_is_named() -> None:
         DetectorConfig(background="empty_prompt", classification="sigmoid")
     with pytest.raises(ValueError, match="background is 'zero'"):
         DetectorConfig(background="zero")
+
+
+@pytest.fixture
+def native(tmp_path):
+    """A loaded checkpoint folder whose image tower is open_clip's own ViT, pooled by its class token."""
+    config = {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 80, "layers": 4, "width": 64, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    }
+    torch.manual_seed(5)
+    model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["crops", "frozen_copy", "off"])
+def test_open_clips_own_tower_makes_a_detector_that_trains_and_detects(native, mode) -> None:
+    model = small_detector(native, vlm_mode=mode, distillation="shared").train()
+    model.set_text_embeddings(words(3))
+    with EventStorage():
+        losses = model([training_picture(0)])
+    sum(losses.values()).backward()
+    assert model.backbone.net.patch_embed.weight.grad.abs().sum() > 0
+    assert parts_of(model.eval(), picture()).detector.shape[1] == 4
+
+
+@torch.no_grad()
+def test_crops_of_open_clips_own_tower_have_its_own_embedding(native) -> None:
+    head = small_detector(native, vlm_mode="crops", vlm_crop_size=80, vlm_box_scale=1.0).roi_heads.image_text_head
+    pixels, whole = torch.randn(1, 3, 80, 80), torch.tensor([[0.0, 0.0, 80.0, 80.0]])
+    expected = torch.nn.functional.normalize(native.model.encode_image(pixels), dim=-1)
+    torch.testing.assert_close(head.embed_regions(pixels, [whole]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_map_of_a_class_token_tower_is_refused_with_the_ways_that_work(native) -> None:
+    with pytest.raises(ValueError, match="pools by 'token'.*use vlm_mode crops .or frozen_copy"):
+        small_detector(native, vlm_mode="backbone")

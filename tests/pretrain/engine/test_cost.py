@@ -245,6 +245,13 @@ def test_an_unknown_optimizer_is_one_sentence():
         optimizer_bytes(describe_towers(SMALL).module, OptimConfig(name="admaw"))
 
 
+def test_an_optimizer_that_reads_values_is_estimated_as_an_adam_with_a_warning() -> None:
+    module = torch.nn.Linear(6, 5, device="meta")  # where the planner has its towers
+    with pytest.warns(UserWarning, match="novograd is estimated as that of an Adam"):
+        assert optimizer_bytes(module, OptimConfig(name="novograd")) == 35 * 8
+    assert all(p.grad is None for p in module.parameters())
+
+
 def large_config(**options) -> PretrainConfig:
     return PretrainConfig(
         model=LARGE, optim=OptimConfig(name="adafactorbv"), run=RunConfig(precision="bf16", **options)

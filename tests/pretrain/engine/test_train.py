@@ -297,6 +297,27 @@ def test_broken_images_and_empty_captions_are_left_out_counted_and_named(tmp_pat
     )
 
 
+def test_a_broken_evaluation_image_is_counted_in_the_summary(tmp_path, run_config, pairs_table):
+    (pairs_table.parent / "broken.png").write_bytes(b"no image")
+    table = pairs_table.with_name("one_broken.csv")
+    table.write_text(pairs_table.read_text() + "broken.png,red circle,shape,red-circle,val\n")
+    config = run_config([{"name": "only", "steps": 1}], data={"table": str(table)})
+    Trainer(config).train()
+    summary = (Path(config.run.output) / "summary.md").read_text()
+    assert "- 1 broken images of val left out of the evaluation after only" in summary and "| 12 | 12 |" in summary
+
+
+def test_options_of_another_optimiser_are_one_sentence_with_the_remedy(run_config, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(run_config([{"steps": 1}], optim={"name": "muon", "options": {"fallback_lr_scale": 0.1}})))
+    with pytest.raises(ConfigError, match="adamw cannot be used .*fallback_lr_scale.*options={} clears") as e:
+        Trainer(load_config(path, ["optim.name=adamw"])).train()
+    assert "\n" not in str(e.value)
+    Trainer(load_config(path, ["optim.name=adamw", "optim.options={}", f"run.output={tmp_path / 'other'}"])).train()
+    with pytest.raises(ConfigError, match="optim: adamww cannot be used .*see timm.optim"):
+        Trainer(load_config(path, ["optim.name=adamww", "optim.options={}", f"run.output={tmp_path / 'o'}"])).train()
+
+
 def test_nothing_left_to_train_on_is_an_error_with_the_reasons(tmp_path, run_config):
     (tmp_path / "bad.png").write_bytes(b"no image")
     table = write_table(tmp_path, [("bad.png", "a", "train"), ("bad.png", "a", "val")])
