@@ -7,6 +7,7 @@ line overrides are `key=value` with dots. An unknown field is an error that name
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import OmegaConf
@@ -46,6 +47,7 @@ class ModelConfig:
     embed_dim: int = 512
     init_temperature: float = 0.07  # CLIP's; learned
     min_temperature: float = 0.01  # the scale 1/temperature is clamped to 100, as in CLIP
+    init: str | None = None  # a checkpoint folder of the same towers to start from; None: random weights
 
 
 @dataclass
@@ -99,6 +101,18 @@ class ObjectiveConfig:
 
 
 @dataclass
+class OptimConfig:
+    """The optimiser, made by timm's factory anew in every phase."""
+
+    name: str = "adamw"  # any name of timm.optim: adamw, adafactor, lamb …
+    weight_decay: float = 0.01  # not on biases, norms and other vectors
+    betas: list[float] | None = None  # None: the optimiser's own
+    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    layer_decay: float = 1.0  # learning rate of an image block relative to the next deeper one's, 0–1; 1: all the same
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.optim.create_optimizer_v2
+
+
+@dataclass
 class PhaseConfig:
     """One stretch of the curriculum: fixed image size and text length, its own optimiser and schedule."""
 
@@ -109,23 +123,15 @@ class PhaseConfig:
     batch_size: int = 256  # pairs of a step, all processes together
     micro_batch_size: int = 0  # pairs encoded at once in a process: less memory, same gradient; 0: all
     lr: float = 1e-3  # peak
-    warmup_steps: int = 100  # linear from 0
+    warmup_steps: int = 100  # linear from initial_lr
+    initial_lr: float = 0.0
     schedule: str = "linear"  # linear or cosine decay to final_lr
     final_lr: float = 0.0
     token_dropping: str = "none"  # which image tokens are dropped: none, random (FLIP), block or grid
     keep_tokens: int = 0  # image tokens kept when some are dropped
     cropped_positions: bool = False  # RO-ViT's cropped position embedding
-
-
-@dataclass
-class OptimConfig:
-    """The optimiser, made by timm's factory anew in every phase."""
-
-    name: str = "adamw"  # any name of timm.optim: adamw, adafactor, lamb …
-    weight_decay: float = 0.01  # not on biases, norms and other vectors
-    betas: list[float] | None = None  # None: the optimiser's own
-    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments of timm.optim.create_optimizer_v2
+    objective: ObjectiveConfig | None = None  # None: the run's
+    optim: OptimConfig | None = None  # None: the run's
 
 
 @dataclass
@@ -163,6 +169,14 @@ class PretrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def objective_of(self, phase: PhaseConfig) -> ObjectiveConfig:
+        """What this phase minimises."""
+        return phase.objective or self.objective
+
+    def optim_of(self, phase: PhaseConfig) -> OptimConfig:
+        """What it minimises with."""
+        return phase.optim or self.optim
+
 
 def _check_names(node: Any, schema: type, where: str) -> None:
     """Raise ConfigError for the first key of `node` that `schema` does not have, or a group of fields that is none."""
@@ -177,6 +191,10 @@ def _check_names(node: Any, schema: type, where: str) -> None:
             raise ConfigError(f"unknown field {path!r}: {hint}")
         kind = known[key]
         path = f"{where}.{key}" if where else key
+        if NoneType in get_args(kind):
+            if value is None:
+                continue
+            kind = get_args(kind)[0]
         if is_dataclass(kind):
             _check_names(value, kind, path)
         elif get_args(kind) and is_dataclass(get_args(kind)[0]):
@@ -274,8 +292,9 @@ def validate(config: PretrainConfig) -> None:
                 f"{where}.context_length {phase.context_length} exceeds model.text.context_length "
                 f"{config.model.text.context_length}"
             )
-        if phase.warmup_steps < 0 or phase.lr < 0:
-            raise ConfigError(f"{where}: warmup_steps {phase.warmup_steps} and lr {phase.lr} must not be negative")
+        for name in ("warmup_steps", "lr", "initial_lr", "final_lr"):
+            if getattr(phase, name) < 0:
+                raise ConfigError(f"{where}.{name} is {getattr(phase, name)}: it must not be negative")
         _one_of(f"{where}.schedule", phase.schedule, ("linear", "cosine"))
         _one_of(f"{where}.token_dropping", phase.token_dropping, ("none", "random", "block", "grid"))
         if (phase.token_dropping != "none") != (phase.keep_tokens > 0):

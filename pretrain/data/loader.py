@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.config import ConfigError, DataConfig, PhaseConfig
 from pretrain.data.folder import ImageStore, TableSource
 from pretrain.data.shards import ShardOrder, ShardSource
-from pretrain.data.text_augment import training_caption
 from pretrain.data.tokenizer import build_tokenizer
-from pretrain.data.transforms import TrainingView
+from pretrain.data.views import Views
 
 # Samples in a row that cannot be used before a run stops: by then it is the setting that is wrong, not the samples.
 _MOST_FAILURES = 1000
@@ -107,17 +106,17 @@ class ShardPlan:
 
 
 class TrainingPairs(Dataset):
-    """Augmented pairs by (epoch, row)."""
+    """The views of pairs by (epoch, row)."""
 
-    def __init__(self, source: TableSource | ShardSource, view: TrainingView, config: DataConfig, seed: int):
-        self._source, self._view, self._config, self._seed = source, view, config, seed
+    def __init__(self, source: TableSource | ShardSource, views: Views, seed: int):
+        self._source, self._views, self._seed = source, views, seed
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, str]:
-        """An image (3, S, S) and its caption. A pair that cannot be used is counted and the next row takes its place: a
-        batch keeps its size. OSError if none of many rows can be read."""
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | str]:
+        """Images (3, S, S) and texts by batch key. A pair that cannot be used is counted and the next row takes its
+        place: a batch keeps its size. OSError if none of many rows can be read."""
         epoch, index = key
         attempts = min(len(self._source), _MOST_FAILURES)
         for row_number in range(index, index + attempts):
@@ -125,7 +124,7 @@ class TrainingPairs(Dataset):
             row_number %= len(self._source)
             try:
                 image, row = self._source.read(row_number)
-                return self._view(image, rng), training_caption(row, self._config.caption, rng)
+                return self._views(image, row, rng)
             except OSError as error:
                 self._source.count_left_out(row_number, error)
         raise OSError(f"none of {attempts} images in a row can be read; {self._source.remedy}")
@@ -135,16 +134,19 @@ class _Collate:
     def __init__(self, context_length: int):
         self._tokenizer = build_tokenizer(context_length)
 
-    def __call__(self, samples: list[tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
-        images, captions = zip(*samples, strict=True)
-        return {"image": torch.stack(images), "tokens": self._tokenizer(list(captions))}
+    def __call__(self, samples: list[dict[str, torch.Tensor | str]]) -> dict[str, torch.Tensor]:
+        columns = {key: [sample[key] for sample in samples] for key in samples[0]}
+        return {
+            key: self._tokenizer(values) if isinstance(values[0], str) else torch.stack(values)
+            for key, values in columns.items()
+        }
 
 
 def build_loader(
-    rows: list[dict[str, str]] | ShardSource, store: ImageStore | None, backgrounds: list, config: DataConfig,
+    rows: list[dict[str, str]] | ShardSource, store: ImageStore | None, views: Views, config: DataConfig,
     phase: PhaseConfig, seed: int, first_step: int = 0, rank: int = 0, world: int = 1,
 ) -> DataLoader:  # fmt: skip
-    """Batches of one phase from `first_step` on: {"image": (B, 3, S, S) uint8, "tokens": (B, L) int64}.
+    """Batches of one phase from `first_step` on: under the keys of `views`, images and tokens as described there.
 
     With several processes each gets its 1/world of every batch. `store` has the images of a table's rows; shards have
     their own.
@@ -159,9 +161,8 @@ def build_loader(
         groups = _groups(rows, config.unique_by)
         plan = BatchPlan(len(rows), phase.batch_size, seed, first_step, phase.steps, groups, rank, world)
         source = TableSource(rows, store)
-    view = TrainingView(phase.image_size, config.augmentation, backgrounds)
     return DataLoader(
-        TrainingPairs(source, view, config, seed),
+        TrainingPairs(source, views, seed),
         batch_sampler=plan,
         num_workers=config.workers,
         collate_fn=_Collate(phase.context_length),

@@ -5,7 +5,7 @@ import numpy as np
 from pretrain.config import CaptionConfig
 
 
-def training_caption(row: dict, config: CaptionConfig, rng: np.random.Generator) -> str:
+def training_caption(row: dict, rng: np.random.Generator, config: CaptionConfig) -> str:
     """One caption; `row` has `captions` (a list, one is drawn) or `caption`, and may have `keywords` ("a|b|c")."""
     captions = row.get("captions") or [row["caption"]]
     # No draw where there is no choice: runs on single captions stay what they were.

@@ -24,6 +24,7 @@ from PIL import Image
 from pretrain.config import AugmentationConfig, ConfigError, DataConfig, PhaseConfig
 from pretrain.data.loader import build_loader
 from pretrain.data.shards import ShardSource
+from pretrain.data.views import plain_views
 
 # Photographs in scikit-image's wheel; a crop of each is enlarged where the photograph is smaller than the source size.
 _PHOTOGRAPHS = (
@@ -110,7 +111,8 @@ def own_batches(benchmark: DataBenchmark, workers: int) -> Iterator[dict]:
         steps=10**9, image_size=benchmark.image_size, context_length=benchmark.context_length,
         batch_size=benchmark.batch_size,
     )  # fmt: skip
-    return iter(build_loader(ShardSource.from_config(config), None, [], config, phase, benchmark.seed))
+    views = plain_views(config, phase)
+    return iter(build_loader(ShardSource.from_config(config), None, views, config, phase, benchmark.seed))
 
 
 def open_clip_batches(benchmark: DataBenchmark, workers: int) -> Iterator[tuple]:

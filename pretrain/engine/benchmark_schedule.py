@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pretrain.config import PhaseConfig, PretrainConfig
-from pretrain.engine.benchmark_train import alternate, random_pairs, table_header, table_line, wait_for
+from pretrain.engine.benchmark_train import alternate, random_batch, table_header, table_line, wait_for
 from pretrain.engine.cost import BASELINE_IMAGE_SIZE, describe_towers, main_phases, phase_cost
 from pretrain.engine.device import Device
 from pretrain.engine.step import TrainStep
@@ -115,7 +115,7 @@ def time_phases(
             steps=1, image_size=phase.image_size, context_length=phase.context_length, lr=1e-6, warmup_steps=0,
             batch_size=min(round(batch * max(per_pair) / flops), phase.batch_size),
             token_dropping=phase.token_dropping, keep_tokens=phase.keep_tokens,
-            cropped_positions=phase.cropped_positions,
+            cropped_positions=phase.cropped_positions, objective=phase.objective, optim=phase.optim,
         )  # fmt: skip
         keys.append(key := repr((config.model, config.objective, config.optim, shape)))
         if key not in steps:
@@ -134,14 +134,14 @@ def time_phases(
 
 def _make_step(config: PretrainConfig, phase: PhaseConfig, device: Device, compile: bool) -> TrainStep:
     torch.manual_seed(config.run.seed)
-    objective = build_objective(config, build_model(config.model))
+    objective = build_objective(config, build_model(config.model), phase)
     objective.enter_phase(phase)
     objective.to(device.torch_device).train()
-    return TrainStep(objective, phase, config.optim, device, compile=compile or config.run.compile)
+    return TrainStep(objective, phase, config.optim_of(phase), device, compile=compile or config.run.compile)
 
 
 def _steps_of(step: TrainStep, config: PretrainConfig, phase: PhaseConfig) -> Callable[[int], None]:
-    pairs = random_pairs(phase.batch_size, phase, config.model.text.vocab_size, config.run.seed)
+    pairs = random_batch(step.objective, config, phase, config.run.seed)
 
     def run(steps: int) -> None:
         for index in range(steps):

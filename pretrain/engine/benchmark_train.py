@@ -13,18 +13,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from open_clip import ClipLoss, CustomTextCLIP
 from open_clip_train.scheduler import const_lr
 from open_clip_train.train import train_one_epoch
+from PIL import Image
 
-from pretrain.config import ConfigError, ModelConfig, OptimConfig, PhaseConfig
+from pretrain.config import ConfigError, ModelConfig, OptimConfig, PhaseConfig, PretrainConfig
 from pretrain.data.transforms import normalise
 from pretrain.engine.benchmark_data import Rates
 from pretrain.engine.cost import describe_towers, phase_cost
 from pretrain.engine.device import Device
 from pretrain.engine.step import TrainStep
 from pretrain.modeling.clip import build_model, set_context_length, set_image_size
+from pretrain.objectives import Objective
 from pretrain.objectives.info_nce import InfoNCE
 
 OWN, OPEN_CLIP = "this project", "open_clip"
@@ -94,6 +97,21 @@ def random_pairs(batch_size: int, phase: PhaseConfig, vocab_size: int, seed: int
         "image": torch.randint(0, 256, size, dtype=torch.uint8, generator=rng),
         "tokens": torch.randint(1, vocab_size, (batch_size, phase.context_length), generator=rng),
     }
+    return {name: _pinned(value) for name, value in batch.items()}
+
+
+def random_batch(objective: Objective, config: PretrainConfig, phase: PhaseConfig, seed: int) -> dict[str, torch.Tensor]:
+    """As `random_pairs`, with the views that `objective` trains on."""
+    views = objective.views(config.data, phase, [])
+    blank, draws = Image.new("RGB", (8, 8)), np.random.default_rng(seed)
+    rng = torch.Generator().manual_seed(seed)
+    batch = {}
+    for key, view in views.images.items():
+        size = (phase.batch_size, *view(blank, draws).shape)
+        batch[key] = torch.randint(0, 256, size, dtype=torch.uint8, generator=rng)
+    for key in views.captions:
+        shape = (phase.batch_size, phase.context_length)
+        batch[key] = torch.randint(1, config.model.text.vocab_size, shape, generator=rng)
     return {name: _pinned(value) for name, value in batch.items()}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pretrain.config import PhaseConfig, PretrainConfig
+from pretrain.engine.benchmark_train import random_batch
 from pretrain.engine.cost import TRAINING_PASSES, Towers, phase_cost
 from pretrain.engine.device import Device
 from pretrain.engine.memory import largest_micro_batch
@@ -62,14 +63,11 @@ def measure_phase(
         batch = max(1, min(phase.micro_batch_size or fits, fits, _CPU_BATCH if device.kind == "cpu" else fits))
     phase = replace(phase, batch_size=batch, micro_batch_size=0)
     torch.manual_seed(config.run.seed)
-    objective = build_objective(config, build_model(config.model))
+    objective = build_objective(config, build_model(config.model), phase)
     objective.enter_phase(phase)
     objective.to(device.torch_device).train()
-    step = TrainStep(objective, phase, config.optim, device, compile=config.run.compile)
-    pairs = {
-        "image": torch.randint(0, 256, (batch, 3, phase.image_size, phase.image_size), dtype=torch.uint8),
-        "tokens": torch.randint(1, config.model.text.vocab_size, (batch, phase.context_length)),
-    }
+    step = TrainStep(objective, phase, config.optim_of(phase), device, compile=config.run.compile)
+    pairs = random_batch(objective, config, phase, config.run.seed)
     for index in range(2):  # the first allocates and compiles, the second still may
         step(pairs, index)
     _wait(objective)

@@ -140,7 +140,7 @@ def phase_memory(
         p.numel() for n, p in towers.module.named_parameters() if p.ndim > 1 and not any(t in n for t in tables)
     )
     parts = devices if config.run.parallel == "fsdp" else 1
-    state = optimizer_bytes(towers.module, config.optim) if optimizer_state is None else optimizer_state
+    state = optimizer_bytes(towers.module, config.optim_of(phase)) if optimizer_state is None else optimizer_state
     return Memory(
         parameters=FLOAT * count // parts,
         gradients=FLOAT * count // parts,
@@ -163,7 +163,7 @@ def largest_micro_batch(
     Returns:
         Pairs; 0 if not even the smallest fits.
     """
-    state = optimizer_bytes(towers.module, config.optim) if optimizer_state is None else optimizer_state
+    state = optimizer_bytes(towers.module, config.optim_of(phase)) if optimizer_state is None else optimizer_state
     piece = local_batch(phase, devices)
     while True:
         tried = replace(phase, micro_batch_size=piece)

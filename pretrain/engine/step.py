@@ -53,6 +53,11 @@ class TrainStep:
                 f"micro_batch_size {self._micro} does not cut the {local} pairs of a process into equal parts (for "
                 f"{device.devices} devices): use a divisor"
             )
+        if self._micro and objective.whole_batch:
+            raise ConfigError(
+                f"micro_batch_size {self._micro}: a batch of {type(objective).__name__} cannot be encoded in pieces, "
+                f"because {objective.whole_batch}; set it to 0"
+            )
         sharded, whole = split_parameters(objective)
         # DDP averages gradients while the backward pass runs; those of pieces are averaged once, after the last one.
         wrap = self.processes.kind == "torch" and not sharded and not self._micro

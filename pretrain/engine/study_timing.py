@@ -92,12 +92,13 @@ def time_study(study: Study, repeats: int = 3, steps: int = 8) -> Timing:
 def _seconds_per_step(config: PretrainConfig, phase: PhaseConfig, data: Pairs, steps: int) -> float:
     """Mean over consecutive steps of the real loop: loading, forward, backward, update, and reading the loss."""
     device = Device(config.run.device, config.run.precision, config.run.parallel)
-    objective = build_objective(config, build_model(config.model))
+    objective = build_objective(config, build_model(config.model), phase)
     objective.enter_phase(phase)
     objective.to(device.torch_device).train()
     phase = replace(phase, steps=_WARM_UP + steps)
-    live = TrainStep(objective, phase, config.optim, device, compile=config.run.compile)
-    loader = build_loader(data.training, data.store, data.backgrounds, config.data, phase, seed=0)
+    live = TrainStep(objective, phase, config.optim_of(phase), device, compile=config.run.compile)
+    views = objective.views(config.data, phase, data.backgrounds)
+    loader = build_loader(data.training, data.store, views, config.data, phase, seed=0)
     started = 0.0
     for step, batch in enumerate(loader):
         output = live(batch, step)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 from open_clip import CustomTextCLIP
+from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pretrain.atomic import remove_leftovers
@@ -24,7 +26,7 @@ from pretrain.engine.processes import join_processes
 from pretrain.engine.run_folder import RunFolder, trim_metrics
 from pretrain.engine.step import TrainStep
 from pretrain.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
-from pretrain.modeling.checkpoint import save_checkpoint
+from pretrain.modeling.checkpoint import initial_model, save_checkpoint
 from pretrain.modeling.clip import build_model
 from pretrain.objectives import Objective, build_objective
 
@@ -48,10 +50,7 @@ class Trainer:
             raise ConfigError(f"{folder} already holds a run: add --resume to continue it, or set run.output elsewhere")
         self.device = Device(config.run.device, config.run.precision, config.run.parallel)
         self.processes = join_processes(config.run.parallel, self.device.kind == "cuda", self.device.spmd)
-        torch.manual_seed(config.run.seed)
         self.data = load_pairs(config.data, config.evaluation.splits)
-        self.objective: Objective = build_objective(config, build_model(config.model))
-        self._check_phases()
         self.results: dict[str, dict[str, ZeroShotResult]] = {}
         self._first_phase, self._first_step, self._state = 0, 0, state
         if state:
@@ -63,6 +62,11 @@ class Trainer:
             for phase, by_split in state.get("results", {}).items():
                 self.results[phase] = {split: ZeroShotResult(**values) for split, values in by_split.items()}
         self._seconds = state["seconds"] if state else 0.0
+        torch.manual_seed(config.run.seed)
+        model = build_model(config.model) if state else initial_model(config.model)
+        self._minimised = config.objective_of(config.phases[self._first_phase])
+        self.objective: Objective = self._build_objective(self._first_phase, model)
+        self._check_phases()
         self.folder: RunFolder | None = None
         if self.processes.is_main:
             remove_leftovers(folder)
@@ -76,6 +80,11 @@ class Trainer:
     def model(self) -> CustomTextCLIP:
         """The towers that are trained and evaluated."""
         return self.objective.model
+
+    def _build_objective(self, index: int, model: CustomTextCLIP) -> Objective:
+        """The objective of a phase; its own weights depend on the run's seed and the phase, not on what came before."""
+        torch.manual_seed(self.config.run.seed * 1000 + index)
+        return build_objective(self.config, model, self.config.phases[index])
 
     def _check_phases(self) -> None:
         """Refuse now what would otherwise stop the run when its last phase begins."""
@@ -91,7 +100,18 @@ class Trainer:
                     f"phases[{index}].keep_tokens {phase.keep_tokens} exceeds the {tokens} tokens of an image of "
                     f"{phase.image_size} px"
                 )
-            build_loader(self.data.training, self.data.store, [], self.config.data, phase, seed=0)
+            objective = self.objective
+            if self.config.objective_of(phase) != self._minimised:
+                objective = self._build_objective(index, build_model(self.config.model))
+            self._loader(index, objective, 0)
+
+    def _loader(self, index: int, objective: Objective, first: int) -> DataLoader:
+        config, phase = self.config, self.config.phases[index]
+        views = objective.views(config.data, phase, self.data.backgrounds)
+        return build_loader(
+            self.data.training, self.data.store, views, config.data, phase, config.run.seed * 1000 + index, first,
+            self.processes.rank, self.processes.world,
+        )  # fmt: skip
 
     def _identity(self) -> str:
         """What must not change on resumption: everything but where, how widely and how often things are written."""
@@ -125,6 +145,9 @@ class Trainer:
     def _enter(self, index: int) -> TrainStep:
         """Adapt the objective to a phase, put it on its device(s), make its optimiser; restore a state once."""
         phase, run = self.config.phases[index], self.config.run
+        if self.config.objective_of(phase) != self._minimised:
+            self._minimised = self.config.objective_of(phase)
+            self.objective = self._build_objective(index, self.model.cpu())
         self.objective.enter_phase(phase)
         state, self._state = self._state, None
         if state:
@@ -133,8 +156,8 @@ class Trainer:
             shard(self.objective)  # before the move: one device need not hold it whole
         self.objective.to(self.device.torch_device).train()
         step = TrainStep(
-            self.objective, phase, self.config.optim, self.device, self.processes, seed=run.seed * 1000 + index,
-            compile=run.compile,
+            self.objective, phase, self.config.optim_of(phase), self.device, self.processes,
+            seed=run.seed * 1000 + index, compile=run.compile,
         )  # fmt: skip
         if state:
             load_optimizer(step.optimizer, state["optimizer"])
@@ -148,7 +171,7 @@ class Trainer:
     def _whole_objective(self, index: int) -> Objective:
         """An unsharded copy of the objective in phase `index`; every process must call it."""
         state = plain(self.objective.state_dict())
-        copy = build_objective(self.config, build_model(self.config.model))
+        copy = self._build_objective(index, build_model(self.config.model))
         copy.enter_phase(self.config.phases[index])
         copy.load_state_dict(state)
         return copy
@@ -156,10 +179,7 @@ class Trainer:
     def _run_phase(self, index: int, first: int) -> None:
         phase, run = self.config.phases[index], self.config.run
         live = self._enter(index)
-        loader = build_loader(
-            self.data.training, self.data.store, self.data.backgrounds, self.config.data, phase,
-            run.seed * 1000 + index, first, self.processes.rank, self.processes.world,
-        )  # fmt: skip
+        loader = self._loader(index, self.objective, first)
         if self.processes.is_main:
             text = f"phase {phase.name}: {phase.steps} steps, {phase.image_size} px, {phase.context_length} tokens"
             resumed = f", from step {first}" if first else ""
@@ -211,26 +231,27 @@ class Trainer:
 
     def _evaluate(self, index: int, step: int) -> None:
         """Zero-shot on every split, by the main process; the others wait, or compute the same in one program."""
-        phase = self.config.phases[index].name
         takes_part = self.processes.is_main or self.processes.one_program
         # Whole on the evaluating device only; putting it together takes every process.
-        model = self._whole_objective(index).model if self.config.run.parallel == "fsdp" else self.model
+        objective = self._whole_objective(index) if self.config.run.parallel == "fsdp" else self.objective
         if takes_part:
-            model.to(self.device.torch_device)
-        for split, rows in self.data.evaluation.items() if takes_part else ():
-            result = evaluate_zero_shot(
-                model, rows, self.data.classes, self.data.store, self.config.evaluation.templates,
-                self.device.torch_device,
-            )  # fmt: skip
-            if not self.processes.is_main:
-                continue
-            self.results.setdefault(phase, {})[split] = result
-            tqdm.write(
-                f"zero-shot on {split} after {phase} step {step}: top-1 {result.top1:.1%}, top-5 {result.top5:.1%}"
-            )
-            values = {f"zero_shot_{split}_{name}": value for name, value in result.to_dict().items()}
-            self.folder.log(self._global_step(index, step), phase=phase, train_seconds=self._seconds, **values)
+            for name, encoder in objective.to(self.device.torch_device).encoders().items():
+                for split in self.data.evaluation:
+                    self._judge(index, step, f"{split}_{name}" if name else split, split, encoder)
         self.processes.wait()
+
+    def _judge(self, index: int, step: int, title: str, split: str, encoder: nn.Module) -> None:
+        phase = self.config.phases[index].name
+        result = evaluate_zero_shot(
+            encoder, self.data.evaluation[split], self.data.classes, self.data.store, self.config.evaluation.templates,
+            self.device.torch_device,
+        )  # fmt: skip
+        if not self.processes.is_main:
+            return
+        self.results.setdefault(phase, {})[title] = result
+        tqdm.write(f"zero-shot on {title} after {phase} step {step}: top-1 {result.top1:.1%}, top-5 {result.top5:.1%}")
+        values = {f"zero_shot_{title}_{name}": value for name, value in result.to_dict().items()}
+        self.folder.log(self._global_step(index, step), phase=phase, train_seconds=self._seconds, **values)
 
     def _save(self, index: int, step: int, optimizer: torch.optim.Optimizer) -> None:
         # Putting split or global tensors together takes every process; else copying to the CPU is the main one's work.

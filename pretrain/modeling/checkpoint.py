@@ -23,7 +23,7 @@ from torch import nn
 
 from pretrain.atomic import replacing, write_atomically
 from pretrain.config import ModelConfig
-from pretrain.modeling.clip import open_clip_config, set_image_size
+from pretrain.modeling.clip import build_model, open_clip_config, set_image_size
 from pretrain.modeling.position_embedding import resample_grid
 
 CONFIG_FILE = "open_clip_config.json"
@@ -144,6 +144,29 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> I
         fingerprint=weights_fingerprint,
         preprocess={**model.visual.preprocess_cfg, "size": model.visual.image_size},
     )
+
+
+def initial_model(config: ModelConfig) -> CustomTextCLIP:
+    """Towers to start training from: those of the checkpoint folder `config.init`, or freshly initialised ones.
+
+    Raises:
+        CheckpointError: if the folder cannot be loaded, or holds other towers than `config` describes.
+        ConfigError: as `build_model`.
+    """
+    model = build_model(config)
+    if config.init is None:
+        return model
+    start = load_checkpoint(config.init)
+    set_image_size(model, start.image_size)
+    try:
+        model.load_state_dict(start.model.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"model.init {config.init} holds other towers than model.image, model.text and model.embed_dim describe "
+            f"({reason}): copy those fields from the run that made it"
+        ) from error
+    return model
 
 
 def _restore_positions(path: Path, model: nn.Module, size: int, weights_fingerprint: str) -> None:

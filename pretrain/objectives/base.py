@@ -1,21 +1,43 @@
 """What the training loop knows of an objective: a module that owns what it trains and turns a batch into a loss."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
+from open_clip import CustomTextCLIP
+from PIL import Image
 from torch import nn
 
-from pretrain.config import PhaseConfig
+from pretrain.config import DataConfig, PhaseConfig
+from pretrain.data.views import Views, plain_views
 
 
 class Objective(nn.Module, ABC):
     """Contract of every objective.
 
-    A batch is {"image": (B, 3, S, S) uint8 RGB, "tokens": (B, L) int64}, this process's part of the global batch.
+    `model` is the pair of towers that is evaluated and saved; whatever else is trained or carried along (projectors, a
+    moving average, a frozen teacher, counters) is in the state dictionary too, so that resumption is exact.
+
+    A batch is {"image": (B, 3, S, S) uint8 RGB, "tokens": (B, L) int64}, or what `views` says, this process's part of
+    the global batch.
     `forward(batch) = loss(encode(batch))`; the two halves are apart so that the loop can encode a batch in pieces and
     still take the loss over all of it (accumulation with cached embeddings, `engine.step`). Nothing in either may wait
     for the device.
     """
+
+    model: CustomTextCLIP
+    # Why a batch cannot be encoded in pieces, to follow "because "; empty: it can.
+    whole_batch: ClassVar[str] = ""
+
+    def views(self, data: DataConfig, phase: PhaseConfig, backgrounds: Sequence[Image.Image]) -> Views:
+        """What the loader makes of every pair."""
+        return plain_views(data, phase, backgrounds)
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """What zero-shot evaluation judges, by name; "" is the model itself. Each has open_clip's `encode_image`,
+        `encode_text` and `context_length`."""
+        return {"": self.model}
 
     @abstractmethod
     def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

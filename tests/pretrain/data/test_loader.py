@@ -8,6 +8,9 @@ from pretrain.config import AugmentationConfig, ConfigError, DataConfig, PhaseCo
 from pretrain.data.folder import ImageStore, TableSource, read_table, select_split
 from pretrain.data.loader import BatchPlan, TrainingPairs, build_loader, plan_epoch
 from pretrain.data.transforms import TrainingView
+from pretrain.data.views import Views, plain_views
+
+SMALL_VIEWS = plain_views(DataConfig(), PhaseConfig(image_size=16))
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 5), (11, 5), (7, 7), (100, 1)])
@@ -60,7 +63,7 @@ def loaded(table, workers=0, first=0, seed=5, **data):
     rows = select_split(read_table(table), "train", str(table))
     phase = PhaseConfig(steps=7, image_size=32, context_length=8, batch_size=10)
     config = DataConfig(table=str(table), workers=workers, **data)
-    return list(build_loader(rows, ImageStore(table.parent), [], config, phase, seed, first))
+    return list(build_loader(rows, ImageStore(table.parent), plain_views(config, phase), config, phase, seed, first))
 
 
 def assert_same_batches(left, right):
@@ -102,19 +105,36 @@ def test_a_broken_image_is_counted_and_the_next_row_takes_its_place(tmp_path, ca
         Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"not a picture")
     store = ImageStore(tmp_path)
-    pairs = TrainingPairs(TableSource(rows, store), TrainingView(16, AugmentationConfig()), DataConfig(), seed=0)
-    assert pairs[(0, 1)][1] == "thing 2"
-    assert pairs[(1, 1)][1] == "thing 2"
+    pairs = TrainingPairs(TableSource(rows, store), SMALL_VIEWS, seed=0)
+    assert pairs[(0, 1)]["tokens"] == "thing 2"
+    assert pairs[(1, 1)]["tokens"] == "thing 2"
     assert store.broken == 2
     assert capfd.readouterr().err.count("left out:") == 1
 
 
 def test_nothing_readable_is_an_error_that_names_the_setting(tmp_path):
-    pairs = TrainingPairs(
-        TableSource([{"image": "a.png", "caption": "a"}], ImageStore(tmp_path)),
-        TrainingView(16, AugmentationConfig()),
-        DataConfig(),
-        0,
-    )
+    source = TableSource([{"image": "a.png", "caption": "a"}], ImageStore(tmp_path))
+    pairs = TrainingPairs(source, SMALL_VIEWS, seed=0)
     with pytest.raises(OSError, match="data.root"):
         pairs[(0, 0)]
+
+
+def second_caption(row, rng):
+    return f"{row['caption']} {rng.integers(1000)}"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_several_views_of_a_pair_reach_the_batch_under_their_keys(pairs_table, workers):
+    rows = select_split(read_table(pairs_table), "train", str(pairs_table))
+    phase, config = PhaseConfig(steps=2, image_size=32, context_length=8, batch_size=10), DataConfig(workers=workers)
+    plain = plain_views(config, phase)
+    small = TrainingView(16, AugmentationConfig())
+    views = Views({**plain.images, "small": small}, {**plain.captions, "other": second_caption})
+    store = ImageStore(pairs_table.parent)
+    batch = next(iter(build_loader(rows, store, views, config, phase, 5)))
+    assert list(batch) == ["image", "small", "tokens", "other"]
+    assert batch["small"].shape == (10, 3, 16, 16) and batch["other"].shape == (10, 8)
+    alone = next(iter(build_loader(rows, store, plain, config, phase, 5)))
+    assert torch.equal(batch["image"], alone["image"])  # what comes first does not depend on what follows
+    without_texts = next(iter(build_loader(rows, store, Views({"small": small}), config, phase, 5)))
+    assert list(without_texts) == ["small"]

@@ -15,6 +15,7 @@ from pretrain.config import AugmentationConfig, ConfigError, DataConfig, PhaseCo
 from pretrain.data import shards
 from pretrain.data.loader import ShardPlan, build_loader
 from pretrain.data.shards import ShardOrder, ShardSource, expand_shards, load_index, scan_shard
+from pretrain.data.views import plain_views
 
 
 def jpeg(value: int) -> bytes:
@@ -252,7 +253,8 @@ def test_too_few_pairs_for_a_batch_are_refused():
 def batches(pattern, workers=0, first=0, pairs=None, **data):
     config = DataConfig(shards=pattern, workers=workers, shuffle_window=7, augmentation=AugmentationConfig(), **data)
     phase = PhaseConfig(steps=8, image_size=16, context_length=8, batch_size=5)
-    return list(build_loader(pairs or ShardSource.from_config(config), None, [], config, phase, 3, first))
+    source = pairs or ShardSource.from_config(config)
+    return list(build_loader(source, None, plain_views(config, phase), config, phase, 3, first))
 
 
 def assert_same(left, right):

@@ -56,7 +56,7 @@ def test_one_of_several_captions_is_drawn_evenly():
 
 
 def captions(config, row, count=300):
-    return [training_caption(row, config, np.random.default_rng(i)) for i in range(count)]
+    return [training_caption(row, np.random.default_rng(i), config) for i in range(count)]
 
 
 def test_templates_are_drawn_evenly():

@@ -43,3 +43,8 @@ def test_a_warmup_longer_than_the_phase_only_rises():
 def test_rises_then_falls(schedule):
     rates = [lr_at(step, PhaseConfig(schedule=schedule, **PHASE)) for step in range(111)]
     assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_warmup_can_start_above_zero():
+    phase = PhaseConfig(steps=10, warmup_steps=4, lr=0.9, initial_lr=0.1)
+    assert [lr_at(step, phase) for step in range(4)] == pytest.approx([0.3, 0.5, 0.7, 0.9])
