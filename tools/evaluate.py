@@ -7,6 +7,8 @@ python tools/evaluate.py --checkpoint DIR --task retrieval --captions dataset_co
 
 table: a CSV or Parquet of images and captions, whose classes are all its distinct captions. folder: one sub-folder a
 class. ImageNet's: sub-folders named by WordNet id (-V2: or by number). retrieval: Flickr30K or COCO, Karpathy's JSON.
+hits: flat hit@K on a table whose images may have several labels, and classes several names. noise: how probable the
+model finds pairs of random batches of a table, and pairs that are none.
 Images are resized or cropped as the checkpoint's own preprocessing says.
 """
 
@@ -20,7 +22,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 TASKS = (
     "table", "folder", "imagenet", "imagenet-a", "imagenet-r", "imagenet-v2", "imagenet-sketch", "retrieval",
+    "hits", "noise",
 )  # fmt: skip
+LEAST = {"batch_size": 1, "workers": 0, "image_size": 1, "captions_per_image": 0, "pairs": 2, "batches": 0}
 
 
 def evaluate(options: argparse.Namespace) -> dict:
@@ -29,7 +33,7 @@ def evaluate(options: argparse.Namespace) -> dict:
     from pretrain.evaluation.tasks import TaskOptions, build_encoder, run_task
     from pretrain.modeling.checkpoint import load_checkpoint
 
-    for name, least in (("batch_size", 1), ("workers", 0), ("image_size", 1), ("captions_per_image", 0)):
+    for name, least in LEAST.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} is below {least}")
@@ -43,7 +47,8 @@ def evaluate(options: argparse.Namespace) -> dict:
         encoder,
         TaskOptions(
             options.task, options.data, options.table, options.split, options.names, options.captions,
-            options.captions_per_image, options.templates, options.template,
+            options.captions_per_image, options.templates, options.template, options.labels, options.pairs,
+            options.batches,
         ),
     )  # fmt: skip
     about = {"checkpoint": str(options.checkpoint), "weights_sha256": checkpoint.fingerprint}
@@ -58,7 +63,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", "--root", type=Path, help="the images' folder (table: default is the table's folder)")
     parser.add_argument("--table", type=Path, default=Path("data/mini/pairs.csv"), help="(default: %(default)s)")
     parser.add_argument("--split", default="test", help="of a table or of the captions (default: %(default)s)")
-    parser.add_argument("--names", type=Path, help="folder: class names, a list in folder order or folder<TAB>name")
+    names = "folder: class names, a list in folder order or folder<TAB>name; hits: class<TAB>name|synonym"
+    parser.add_argument("--names", type=Path, help=names)
+    parser.add_argument("--labels", help="hits: the table's column, several labels as a|b (default: labels or caption)")
+    parser.add_argument("--pairs", type=int, default=512, help="noise: pairs of a batch (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=10, help="noise: at most; 0: all (default: %(default)s)")
     parser.add_argument("--captions", type=Path, help="retrieval: dataset_flickr30k.json or dataset_coco.json")
     parser.add_argument("--captions-per-image", type=int, default=5, help="retrieval; 0: all (default: %(default)s)")
     parser.add_argument("--template", action="append", help="a prompt with {} for the name; repeat for an ensemble")

@@ -100,7 +100,9 @@ def random_pairs(batch_size: int, phase: PhaseConfig, vocab_size: int, seed: int
     return {name: _pinned(value) for name, value in batch.items()}
 
 
-def random_batch(objective: Objective, config: PretrainConfig, phase: PhaseConfig, seed: int) -> dict[str, torch.Tensor]:
+def random_batch(
+    objective: Objective, config: PretrainConfig, phase: PhaseConfig, seed: int
+) -> dict[str, torch.Tensor]:
     """As `random_pairs`, with the views that `objective` trains on."""
     views = objective.views(config.data, phase, [])
     blank, draws = Image.new("RGB", (8, 8)), np.random.default_rng(seed)

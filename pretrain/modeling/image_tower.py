@@ -2,7 +2,8 @@
 
 The plain forward pass stays timm's and open_clip's. Here, patches are dropped after their positions are added and
 before the first block (FLIP, arXiv 2212.00794, section 3), so that the blocks never see them; and a position for each
-patch can be given (RO-ViT's crops, `cropped_positions`). Which patches to keep is drawn in `masking`.
+patch can be given (RO-ViT's crops, `cropped_positions`). Patches can also be replaced by a mask token, and tokens read
+in the joint space one by one (UTA, arXiv 2405.19009). Which patches to keep is drawn in `masking`.
 """
 
 import torch
@@ -10,6 +11,7 @@ from open_clip.timm_model import TimmModel
 from timm.layers import resample_abs_pos_embed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 
 def encode_image(
@@ -37,11 +39,55 @@ def encode_image(
     return visual.head(pool(visual.trunk, encode_tokens(visual.trunk, images, keep, positions)))
 
 
+def encode_image_and_patches(
+    visual: nn.Module,
+    images: torch.Tensor,
+    keep: torch.Tensor | None = None,
+    masked: torch.Tensor | None = None,
+    mask_token: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image's embedding and those of its patches, before normalisation.
+
+    Args:
+        visual: an image tower with a timm `trunk` and a `head` (open_clip's `TimmModel`, or `PlainTower`).
+        images: (B, 3, H, W), normalised, at the tower's present size.
+        keep: (B, K) int64 indices of the patches to encode; None: all N. An average is over these only.
+        masked: (B, N) bool, patches that the mask token stands for; None: none.
+        mask_token: (D,), with `masked`.
+
+    Returns:
+        The image (B, E), pooled as the tower pools; its patches (B, K, E), without class and register tokens.
+
+    Raises:
+        ValueError: as `encode_tokens` and `project_tokens`.
+    """
+    tokens = encode_tokens(visual.trunk, images, keep, masked=masked, mask_token=mask_token)
+    patches = project_tokens(visual, tokens[:, visual.trunk.num_prefix_tokens :])
+    return visual.head(pool(visual.trunk, tokens)), patches
+
+
+def project_tokens(visual: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, T, E): tokens (B, T, D) of `encode_tokens` in the joint space, each as if it were the pooled one.
+
+    Raises:
+        ValueError: for a tower that pools by attention, whose single tokens mean nothing there.
+    """
+    trunk = visual.trunk
+    if trunk.attn_pool is not None or hasattr(visual.head, "pool"):
+        raise ValueError(
+            "the image tower pools by attention, so that its single tokens are not in the joint space: use one that "
+            "averages or has a class token"
+        )
+    return visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(tokens))))
+
+
 def encode_tokens(
     trunk: VisionTransformer,
     images: torch.Tensor,
     keep: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    masked: torch.Tensor | None = None,
+    mask_token: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Tokens after the last block and the final norm, those of dropped patches left out.
 
@@ -53,6 +99,8 @@ def encode_tokens(
         images: (B, 3, H, W), normalised.
         keep: (B, K) int64 indices of the patches to encode, in the order they shall have; None: all N.
         positions: (B, N, D) or (1, N, D) for the patches; class and register tokens keep their own.
+        masked: (B, N) bool, patches whose content, not position, the mask token replaces; None: none.
+        mask_token: (D,), with `masked`.
 
     Returns:
         (B, P + K, D), the P class and register tokens first.
@@ -60,7 +108,7 @@ def encode_tokens(
     Raises:
         ValueError: for a trunk of another kind, or positions for another number of patches.
     """
-    if keep is None and positions is None:
+    if keep is None and positions is None and masked is None:
         return trunk.forward_features(images)
     tokens = trunk.patch_embed(images)
     grid = tokens.shape[1:3] if tokens.ndim == 4 else trunk.patch_embed.grid_size
@@ -71,6 +119,8 @@ def encode_tokens(
             f"positions of shape {tuple(positions.shape)} do not fit {tokens.shape[1]} patches of {tokens.shape[2]} "
             "dimensions: make them for the trunk's present grid"
         )
+    if masked is not None:
+        tokens = torch.where(masked.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
     tokens = tokens + (table if positions is None else positions)
     if keep is not None:
         tokens = tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,4 +1,4 @@
-"""Which image patches a training step keeps: random, block and grid token dropping at an equal number of tokens.
+"""Which image patches a training step keeps: random, block and grid token dropping, and UTA's reversed blocks.
 
 Random is FLIP's (arXiv 2212.00794); block ("keep a single block") and grid ("one patch in each 2 x 2 window") are the
 two other maskings that CLIPA compares with resizing (arXiv 2305.07017, section 3). CLIPA published no code for the
@@ -69,6 +69,43 @@ def keep_grid(
     return (row * width + column).sort(1).values
 
 
+_BLOCKS = 16  # drawn for an image; the first few fill the wanted number
+_LEAST_AREA = 1 / 12  # of the image, in one block: BEiT's 16 of 196 patches
+_LONGEST = 1 / 0.3  # a block's sides are at most so unequal, as in BEiT
+
+
+def keep_reversed_blocks(
+    batch: int, grid: Grid, keep: int, device: torch.device | str, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """The patches of random blocks, block after block until there are `keep`. See `keep_patches` for arguments, result.
+
+    BEiT (arXiv 2106.08254, algorithm 1) masks such blocks; UTA (arXiv 2405.19009) keeps them and drops the rest
+    ("reversed"), so that what is kept hangs together and border patches, which fewer blocks reach, are not preferred.
+    UTA published no code for it. As in BEiT a block has a twelfth of the image or more, sides at most 1 : 0.3, and lies
+    anywhere inside; as only K patches shall be kept, one has K at most, and the last is cut off along its rows. Where
+    all blocks hold fewer than K, the patches nearest to the middle of the image follow.
+    """
+    _check(grid, keep)
+    height, width = grid
+    area, ratio, top, left, flip_row, flip_column = torch.rand(6, batch, _BLOCKS, 1, device=device, generator=generator)
+    least = min(keep, height * width * _LEAST_AREA)
+    area, ratio = least + area * (keep - least), (math.log(_LONGEST) * (2 * ratio - 1)).exp()
+    down = (area * ratio).sqrt().round().clamp(1, height)
+    across = (area / ratio).sqrt().round().clamp(1, width)
+    top, left = _integer_below(top, height - down + 1), _integer_below(left, width - across + 1)
+    patch = torch.arange(height * width, device=device)
+    row, column = patch // width - top, patch % width - left  # (B, blocks, N), from the block's corner
+    inside = (row >= 0) & (row < down) & (column >= 0) & (column < across)
+    row = torch.where(flip_row < 0.5, row, down - 1 - row)
+    column = torch.where(flip_column < 0.5, column, across - 1 - column)
+    # A patch has the number of its first block, and behind the point its place in it.
+    place = torch.arange(_BLOCKS, device=device)[:, None] + (row * across + column) / (down * across + 1)
+    down_off, across_off = (2 * (patch // width) + 1 - height).abs(), (2 * (patch % width) + 1 - width).abs()
+    from_middle = torch.maximum(down_off / height, across_off / width)
+    place = torch.where(inside, place, _BLOCKS + from_middle).amin(1)
+    return place.argsort(1)[:, :keep].sort(1).values
+
+
 SAMPLERS = {"random": keep_random, "block": keep_block, "grid": keep_grid}
 
 
@@ -108,8 +145,8 @@ def _check(grid: Grid, keep: int) -> None:
         )
 
 
-def _integer_below(uniform: torch.Tensor, limit: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1) as integers in [0, limit); the clamp is for devices whose numbers may round to 1."""
+def _integer_below(uniform: torch.Tensor, limit: int | torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in [0, 1) as integers in [0, limit); the minimum is for devices whose numbers may round to 1."""
     return (uniform * limit).long().clamp(max=limit - 1)
 
 

@@ -2,21 +2,36 @@
 
 from open_clip import CustomTextCLIP
 
-from pretrain.config import ConfigError, PretrainConfig, options_from_dict
+from pretrain.config import ConfigError, PhaseConfig, PretrainConfig, options_from_dict
 from pretrain.objectives.base import Objective
+from pretrain.objectives.clip_rocket import ClipRocket, ClipRocketOptions
+from pretrain.objectives.distillation import Distillation, DistillationOptions
 from pretrain.objectives.focal import FocalContrastive, FocalOptions
 from pretrain.objectives.info_nce import InfoNCE, InfoNCEOptions
+from pretrain.objectives.label_smoothing import LabelSmoothing, LabelSmoothingOptions
+from pretrain.objectives.masked_features import MaskedFeatures, MaskedFeaturesOptions
+from pretrain.objectives.otter import Otter, OtterOptions
+from pretrain.objectives.uta import UTA, UTAOptions
 
-OBJECTIVES = {"info_nce": (InfoNCE, InfoNCEOptions), "focal": (FocalContrastive, FocalOptions)}
+OBJECTIVES = {
+    "info_nce": (InfoNCE, InfoNCEOptions),
+    "focal": (FocalContrastive, FocalOptions),
+    "label_smoothing": (LabelSmoothing, LabelSmoothingOptions),
+    "distillation": (Distillation, DistillationOptions),
+    "otter": (Otter, OtterOptions),
+    "clip_rocket": (ClipRocket, ClipRocketOptions),
+    "uta": (UTA, UTAOptions),
+    "masked_features": (MaskedFeatures, MaskedFeaturesOptions),
+}
 
 
-def build_objective(config: PretrainConfig, model: CustomTextCLIP) -> Objective:
-    """The objective that `config.objective` names, owning `model`.
+def build_objective(config: PretrainConfig, model: CustomTextCLIP, phase: PhaseConfig | None = None) -> Objective:
+    """The objective of `phase` (None: the run's), owning `model`.
 
     Raises:
         ConfigError: for an unknown name, or an option that this objective does not have.
     """
-    chosen = config.objective
+    chosen = config.objective_of(phase) if phase else config.objective
     if chosen.name not in OBJECTIVES:
         raise ConfigError(f"objective.name is {chosen.name!r}: one of {', '.join(OBJECTIVES)}")
     objective, options = OBJECTIVES[chosen.name]

@@ -31,6 +31,7 @@ class InfoNCEOptions:
     """Options of `info_nce`."""
 
     chunk_size: int = 0  # rows of the similarity matrix held at once; 0: all
+    fixed_temperature: float = 0.0  # not learned but this, from the first step (UTA's fine-tuning: 0.01); 0: learned
 
 
 class InfoNCE(Objective):
@@ -38,10 +39,21 @@ class InfoNCE(Objective):
 
     def __init__(self, model: CustomTextCLIP, config: ModelConfig, options: InfoNCEOptions | None = None):
         super().__init__()
-        self.model = model
+        self.model = model.requires_grad_(True)  # the phase before may have frozen a tower
         self.options = options or InfoNCEOptions()
         self._max_log_scale = math.log(1 / config.min_temperature)
         self._phase = PhaseConfig()
+        self._fix_temperature(self.options.fixed_temperature)
+
+    def _fix_temperature(self, temperature: float) -> None:
+        """Set the temperature and take it out of training; 0: leave it learned."""
+        if temperature < 0:
+            raise ConfigError(f"objective.options.fixed_temperature is {temperature}: above 0, or 0 to learn it")
+        self._is_fixed = temperature > 0
+        if self._is_fixed:
+            with torch.no_grad():
+                self.model.logit_scale.fill_(-math.log(temperature))
+            self.model.logit_scale.requires_grad_(False)
 
     def enter_phase(self, phase: PhaseConfig) -> None:
         """Resample the image positions and set the text length."""
@@ -85,5 +97,7 @@ class InfoNCE(Objective):
 
     def after_step(self) -> None:
         """Keep the temperature above its floor (CLIP, section 2.5)."""
+        if self._is_fixed:
+            return
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, self._max_log_scale)

@@ -8,7 +8,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from ovd.modeling.backbone import WindowedViT
-from ovd.modeling.image_tower import plain_tower, value_attention
+from ovd.modeling.image_tower import value_attention
+from pretrain.modeling.plain_tower import plain_tower
 
 
 def make_native(**options) -> nn.Module:

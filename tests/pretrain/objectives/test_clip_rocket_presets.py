@@ -1,0 +1,61 @@
+"""The presets hold clip-rocket's published table, and a short run of the mini preset's objective would start."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import load_config, options_from_dict
+from pretrain.engine.schedule import lr_at
+from pretrain.objectives import OBJECTIVES
+from pretrain.objectives.clip_rocket import ClipRocketOptions, check_options
+
+FOLDER = Path(__file__).resolve().parents[3] / "configs" / "pretrain"
+# Weight decay, text layers, text dropout, reduction, cleaning, peak rate, augmented size, captions, epochs.
+TABLE = {
+    "cc3m": (0.5, 6, 0.2, "avg", False, 3e-3, 0, "single", 32),
+    "cc12m": (0.1, 12, 0.05, "sum", False, 3e-3, 0, "single", 32),
+    "yfcc15m": (0.1, 12, 0.0, "sum", True, 3e-3, 0, "single", 25),
+    "29m": (0.1, 12, 0.0, "sum", True, 2e-3, 192, "multi", 32),
+}
+
+
+def options_of(config) -> ClipRocketOptions:
+    assert OBJECTIVES[config.objective.name][1] is ClipRocketOptions
+    options = options_from_dict(ClipRocketOptions, config.objective.options, "objective.options")
+    check_options(options)
+    return options
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_preset_has_the_published_row(name):
+    config = load_config(FOLDER / f"clip_rocket_{name}.yaml")
+    options, (phase,) = options_of(config), config.phases
+    row = (
+        config.optim.weight_decay, config.model.text.layers, options.text_dropout, options.reduction,
+        options.text.clean, phase.lr, options.augmented_image_size, options.text.captions,
+        phase.steps // phase.warmup_steps,
+    )  # fmt: skip
+    assert row == TABLE[name] and phase.steps % phase.warmup_steps == 0
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_all_published_rows_share(name):
+    config = load_config(FOLDER / f"clip_rocket_{name}.yaml")
+    options, phase = options_of(config), config.phases[0]
+    assert (config.optim.name, config.optim.betas, config.optim.options) == ("adamw", [0.9, 0.98], {"eps": 1e-8})
+    assert (phase.batch_size, phase.image_size, phase.context_length, phase.schedule) == (4096, 224, 77, "cosine")
+    assert (config.model.embed_dim, config.model.text.width, config.model.text.heads) == (256, 512, 8)
+    assert (options.num_augmented, options.smoothing, options.projector_hidden) == (2, 0.1, 4096)
+    assert (options.text.stop_word_probability, options.strong.crop_scale) == (0.8, [0.08, 1.0])
+    assert options.augmented_temperature == 0.1 and config.model.init_temperature == 0.07
+    assert config.run.output == f"runs/clip_rocket_{name}"
+    assert lr_at(phase.warmup_steps - 1, phase) == pytest.approx(phase.lr)
+    assert lr_at(0, phase) == pytest.approx(1e-6 + phase.lr / phase.warmup_steps, rel=1e-2)
+    assert lr_at(phase.steps, phase) == pytest.approx(1e-5)
+
+
+def test_the_mini_preset_is_read():
+    config = load_config(FOLDER / "clip_rocket_mini.yaml")
+    options = options_of(config)
+    assert [p.image_size for p in config.phases] == [64, 160] and options.text.keywords_as_synonyms
+    assert options.strong.jitter_probability == 0.8 and options.strong.blur_probability == 0.5  # not said: published
