@@ -71,13 +71,9 @@ class OpenVocabularyDetector:
         Raises:
             ValueError: the folder, a file in it, or a field or tensor of it is missing or not as it should be.
         """
-        folder = Path(path)
-        config = _read_config(folder)
-        image_text = load_checkpoint(folder / IMAGE_TEXT, device="cpu")
-        model = build_detector(DetectorConfig.from_dict(config["architecture"]), image_text)
-        _load_weights(model, folder / WEIGHTS)
+        model, image_text, base_names = read_detector(path)
         image_text.model.to(device).eval()
-        detector = cls(model.to(device), image_text, config["base_names"])
+        detector = cls(model.to(device), image_text, base_names)
         if detector.base_names:
             with warnings.catch_warnings():
                 # Base names that repeat or are cut were the training's concern, not this user's.
@@ -272,6 +268,25 @@ class OpenVocabularyDetector:
             masks=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
             image_size=(inputs["height"], inputs["width"]),
         )
+
+
+def read_detector(
+    folder: str | Path, changes: dict[str, Any] | None = None
+) -> tuple[OpenVocabularyRCNN, ImageTextModel, list[str]]:
+    """The network of a folder written by `save_detector` on the CPU, its image-text model, and its base names.
+
+    Args:
+        changes: fields of `DetectorConfig` that replace the folder's.
+
+    Raises:
+        ValueError: the folder, a file in it, or a field or tensor of it is missing or not as it should be.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    image_text = load_checkpoint(folder / IMAGE_TEXT, device="cpu")
+    model = build_detector(DetectorConfig.from_dict({**config["architecture"], **(changes or {})}), image_text)
+    _load_weights(model, folder / WEIGHTS)
+    return model, image_text, config["base_names"]
 
 
 def save_detector(

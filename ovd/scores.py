@@ -1,7 +1,8 @@
 """Region scores kept on disk, so that fusion weights, temperatures and exponents can be tried without the network.
 
 One safetensors file a picture (memory-mapped when read) holds boxes, objectness and both models' probabilities; a
-picture whose file exists is not run again, so an interrupted collection continues. Masks are not kept.
+picture whose file exists is not run again, so an interrupted collection continues. Masks, where they are asked for, are
+kept as run lengths: boxes and masks know no class, so a region has one mask whatever it is called in the end.
 Trying settings is in `ovd/sweep.py`.
 """
 
@@ -12,7 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
+from pycocotools import mask as mask_codec
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,6 +37,7 @@ DESCRIPTION = "cache.json"
 PICTURES = "pictures"
 _EXACT = ("proposals", "boxes", "objectness")  # always float32; the others are probabilities
 DTYPES = ("float32", "float16")
+_MASKS_AT_ONCE = 100  # pasted into a picture of 1,024 px they are 100 MB
 # What is decided after the scores and may differ from the run that cached them.
 _DECIDED_LATER = (
     "alpha", "beta", "objectness_delta", "nms_threshold", "score_threshold", "detections_per_image",
@@ -40,11 +46,13 @@ _DECIDED_LATER = (
 
 @dataclass(frozen=True)
 class CachedPicture:
-    """The scores of one picture: its id, (height, width) in pixels of the original, and the regions."""
+    """The scores of one picture: its id, (height, width) in pixels of the original, the regions, and the mask of each
+    region's refined box in the original picture (compressed run lengths; "" where it is empty), or None."""
 
     image_id: int
     size: tuple[int, int]
     regions: RegionScores
+    masks: tuple[str, ...] | None = None
 
 
 class ScoreCache:
@@ -96,7 +104,7 @@ class ScoreCache:
             if isinstance(value, Tensor)
         }
         rest = {name: value for name, value in parts.items() if not isinstance(value, Tensor)}
-        header = {"size": json.dumps(picture.size), "rest": json.dumps(rest)}
+        header = {"size": json.dumps(picture.size), "rest": json.dumps(rest), "masks": json.dumps(picture.masks)}
         with replacing(self.path(picture.image_id)) as temporary:
             save_file(tensors, temporary, header)
 
@@ -112,11 +120,14 @@ class ScoreCache:
                 header = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             size, rest = json.loads(header["size"]), json.loads(header["rest"])
+            masks = json.loads(header.get("masks", "null"))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}); delete it and run the same command again") from error
         tensors = {name: value if name in _EXACT else self._unpack(value) for name, value in tensors.items()}
         rest = {name: tuple(value) if isinstance(value, list) else value for name, value in rest.items()}
-        return CachedPicture(image_id, tuple(size), RegionScores(**tensors, **rest))
+        return CachedPicture(
+            image_id, tuple(size), RegionScores(**tensors, **rest), None if masks is None else tuple(masks)
+        )
 
     def bytes(self) -> int:
         """Size of the pictures' files."""
@@ -140,6 +151,7 @@ def collect_scores(
     dtype: str = "float32",
     limit: int | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
+    masks: bool = False,
 ) -> tuple[ScoreCache, dict[str, Any]]:
     """Run the network over the pictures of an annotation file, as evaluation does, and keep its scores.
 
@@ -154,6 +166,7 @@ def collect_scores(
         dtype: "float32", or "float16" in half the space; see `ScoreCache`.
         limit: only so many pictures, evenly spread over the file; None for all.
         progress: wraps the list of pictures for display (`tqdm`-like).
+        masks: keep the mask of every region too.
 
     Returns:
         The cache, and the ground truth of its pictures.
@@ -176,12 +189,16 @@ def collect_scores(
         "templates": list(templates),
         "use_synonyms": use_synonyms,
     }
+    if masks:
+        if not model.architecture.mask_on:
+            raise ValueError("this detector predicts no masks (mask_on is off); leave the masks out")
+        description["masks"] = True
     cache = ScoreCache(folder, json.loads(json.dumps(description)))  # through JSON: tuples become lists
     remove_leftovers(cache.folder / PICTURES)
     mapper = OpenVocabularyMapper(is_train=False, image_size=model.architecture.image_size)
     missing = [record for record in records if record["image_id"] not in cache]
     for record in progress(missing) if progress else missing:
-        cache.write(_score(model, mapper(record)))
+        cache.write(_score(model, mapper(record), masks))
     return cache, ground_truth
 
 
@@ -203,13 +220,56 @@ def use_categories(
 
 
 @torch.no_grad()
-def _score(model: OpenVocabularyRCNN, inputs: dict[str, Any]) -> CachedPicture:
-    """The network's part of inference on one picture, without masks."""
+def _score(model: OpenVocabularyRCNN, inputs: dict[str, Any], masks: bool) -> CachedPicture:
+    """The network's part of inference on one picture."""
     images = model.preprocess_image([inputs])
     features = model.backbone(images.tensor, images.image_sizes)
     proposals, _ = model.proposal_generator(images, features, None)
     regions = model.roi_heads.score_regions(images, features, proposals)[0]
-    return CachedPicture(inputs["image_id"], (inputs["height"], inputs["width"]), regions)
+    size = (inputs["height"], inputs["width"])
+    return CachedPicture(
+        inputs["image_id"], size, regions, _region_masks(model, features, regions, size) if masks else None
+    )
+
+
+def clipped_boxes(regions: RegionScores) -> Tensor:
+    """(R, 4) refined boxes within the network's input, as they are detected; such with values that are not finite are
+    empty."""
+    boxes = Boxes(regions.boxes.nan_to_num(0.0, 0.0, 0.0))
+    boxes.clip(regions.image_size)
+    return boxes.tensor
+
+
+def _region_masks(
+    model: OpenVocabularyRCNN, features: dict[str, Tensor], regions: RegionScores, size: tuple[int, int]
+) -> tuple[str, ...]:
+    """Run lengths of every region's mask in the original picture of `size` (height, width)."""
+    boxes = clipped_boxes(regions)
+    codes = [""] * len(boxes)
+    for start in range(0, len(boxes), _MASKS_AT_ONCE):
+        part = Instances(regions.image_size)
+        part.pred_boxes = Boxes(boxes[start : start + _MASKS_AT_ONCE])
+        part.pred_classes = torch.zeros(len(part), dtype=torch.int64, device=boxes.device)
+        part.region = torch.arange(start, start + len(part), device=boxes.device)
+        part = model.roi_heads.forward_with_given_boxes(features, [part])[0]
+        part = detector_postprocess(part, *size)
+        for region, mask in zip(part.region.tolist(), part.pred_masks.cpu().numpy(), strict=True):
+            code = mask_codec.encode(np.asfortranarray(mask, dtype=np.uint8))
+            codes[region] = code["counts"].decode("ascii")
+    return tuple(codes)
+
+
+def cached_proposals(cache: ScoreCache, image_ids: Iterable[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Image id -> proposal boxes (R, 4), xyxy in pixels of the original, and their scores (R,), as `proposal_recall`
+    takes them."""
+    found = {}
+    for image_id in image_ids:
+        picture = cache.read(image_id)
+        boxes = Boxes(picture.regions.proposals.clone())
+        (height, width), (rows, columns) = picture.size, picture.regions.image_size
+        boxes.scale(width / columns, height / rows)
+        found[image_id] = (boxes.tensor.numpy(), picture.regions.objectness.numpy())
+    return found
 
 
 def _pictures(

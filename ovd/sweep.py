@@ -21,7 +21,8 @@ from ovd.detections import Detections
 from ovd.evaluation.lvis_evaluator import evaluate_results
 from ovd.evaluation.results import format_percent, text_table
 from ovd.modeling.roi_heads import OpenVocabularyROIHeads, RegionScores
-from ovd.scores import ScoreCache
+from ovd.modeling.temperature import temper
+from ovd.scores import ScoreCache, clipped_boxes
 
 COLUMNS = ("AP", "APr", "APc", "APf")
 _MOST_SETTINGS = 100_000
@@ -57,7 +58,7 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What one setting reaches: metrics of `evaluate_results` on boxes, in 0-1."""
+    """What one setting reaches: metrics of `evaluate_results` on boxes, in 0-1; those on masks begin with "mask_"."""
 
     settings: ScoreSettings
     metrics: dict[str, float]
@@ -97,24 +98,6 @@ def settings_grid(
     return [ScoreSettings(a, b, d, tz, tp) for tz, tp, d, a, b in combinations]
 
 
-def temper(probabilities: Tensor, temperature: float, independent: bool = False) -> Tensor:
-    """Probabilities as if their logits had been divided by `temperature`.
-
-    At 1 they come back as they are, to the bit. Probabilities that are 0 stay 0: the float32 softmax has lost classes
-    whose logit is more than about 103 below the best.
-
-    Args:
-        probabilities: (R, 1 + C) rows of a softmax: p^(1/T), renormalised over the row.
-        temperature: above 0.
-        independent: they are sigmoids instead, each on its own.
-    """
-    if temperature == 1:
-        return probabilities
-    if independent:
-        return (probabilities.float().logit() / temperature).sigmoid()
-    return (probabilities.float().log() / temperature).softmax(dim=-1).nan_to_num(0.0)
-
-
 def rescore(regions: RegionScores, settings: ScoreSettings) -> RegionScores:
     """The regions with both temperatures applied; the detector's is that of the ensemble where there are two heads."""
     p = regions.image_text
@@ -133,7 +116,8 @@ def cached_detections(
     image_ids: Iterable[int],
     category_ids: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """Detections of cached pictures in the LVIS results form, boxes only, as a full run with these settings gives them.
+    """Detections of cached pictures in the LVIS results form, as a full run with these settings gives them; with masks
+    where the cache has them.
 
     Args:
         cache: holds all the pictures.
@@ -148,9 +132,23 @@ def cached_detections(
             picture = cache.read(image_id)
             regions = rescore(_to(picture.regions, device), settings)
             instances = heads.select_detections([regions])[0]
+            if picture.masks is not None:
+                instances.region = _regions_of(instances.pred_boxes.tensor, regions)
             instances = detector_postprocess(instances, *picture.size)
-            results += Detections.from_instances(instances).to_coco(image_id, category_ids)
+            found = Detections.from_instances(instances).to_coco(image_id, category_ids)
+            if picture.masks is not None:
+                for result, region in zip(found, instances.region.tolist(), strict=True):
+                    result["segmentation"] = {"size": list(picture.size), "counts": picture.masks[region]}
+            results += found
     return results
+
+
+def _regions_of(boxes: Tensor, regions: RegionScores) -> Tensor:
+    """(N,) which region each of (N, 4) detected boxes is of; regions with the same box have the same mask."""
+    same = (boxes[:, None] == clipped_boxes(regions)[None]).all(dim=-1)
+    if not same.any(dim=1).all():
+        raise RuntimeError("a detected box is no region's box; this is a fault of the selection")
+    return same.int().argmax(dim=1)
 
 
 def sweep(
@@ -160,13 +158,20 @@ def sweep(
     grid: Sequence[ScoreSettings],
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> list[SweepRow]:
-    """Measure every setting on the pictures of `ground_truth`, in the order given; memory is that of one setting."""
+    """Measure every setting on the pictures of `ground_truth`, in the order given; memory is that of one setting.
+
+    Masks are measured too where the cache has them.
+    """
     image_ids = [image["id"] for image in ground_truth["images"]]
     category_ids = sorted(category["id"] for category in ground_truth["categories"])
     rows = []
     for settings in progress(grid) if progress else grid:
         results = cached_detections(cache, heads, settings, image_ids, category_ids)
-        rows.append(SweepRow(settings, evaluate_results(ground_truth, results, "bbox")))
+        metrics = evaluate_results(ground_truth, results, "bbox")
+        if cache.description.get("masks"):
+            on_masks = evaluate_results(ground_truth, results, "segm")
+            metrics |= {f"mask_{name}": value for name, value in on_masks.items()}
+        rows.append(SweepRow(settings, metrics))
     return rows
 
 
@@ -186,7 +191,8 @@ def best_row(rows: Sequence[SweepRow], metric: str = "AP") -> SweepRow:
 
 
 def sweep_table(rows: Sequence[SweepRow], columns: Sequence[str] = COLUMNS) -> str:
-    """Markdown: one line a setting; a temperature or delta that all rows share is left out."""
+    """Markdown: one line a setting; a temperature or delta that all rows share is left out. Masks where measured."""
+    columns = [*columns, *(f"mask_{name}" for name in columns if rows and f"mask_{name}" in rows[0].metrics)]
     names = ["alpha", "beta"]
     optional = ("delta", "detector_temperature", "image_text_temperature")
     names += [name for name in optional if len({getattr(row.settings, name) for row in rows}) > 1]

@@ -1,4 +1,4 @@
-"""Measure this machine beside others: `data` loading, `train` a step (open_clip); `evaluation` LVIS boxes (lvis).
+"""Measure this machine beside others: `data` and `train` (open_clip), `evaluation` (lvis), `detector` (Detectron2).
 
 python tools/benchmark.py train [--image-size 64 160]
 python tools/benchmark.py train --schedule configs/pretrain/reclip_s16_64px_550k_ft20k.yaml
@@ -11,8 +11,6 @@ from pathlib import Path
 
 # Python puts this folder first on the path, where tools/pretrain.py would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 
 
 def add_data_command(commands: argparse._SubParsersAction) -> None:
@@ -86,7 +84,8 @@ def run_train(options: argparse.Namespace) -> None:
         print(benchmark_schedule.schedule_to_markdown(times))
         return
     default = "reclip_mini.yaml" if on_cpu else "reclip_b16_64px_550k_ft20k.yaml"
-    model = load_config(options.config or CONFIGS / default).model
+    configs = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
+    model = load_config(options.config or configs / default).model
     benchmark = benchmark_train.TrainBenchmark(
         model, options.context_length, options.batch_size or 256, options.compile, options.seconds, options.repeats
     )
@@ -99,9 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    from ovd.evaluation.benchmark import add_evaluation_command  # needs neither torch nor Detectron2
+    from ovd.engine.benchmark_detector import add_detector_command  # these two import neither torch nor Detectron2
+    from ovd.evaluation.benchmark import add_evaluation_command
 
-    for add_command in (add_data_command, add_train_command, add_evaluation_command):
+    for add_command in (add_data_command, add_train_command, add_evaluation_command, add_detector_command):
         add_command(commands)
     options = parser.parse_args(arguments)
     from pretrain.config import ConfigError  # here, so that --help and typing errors answer at once

@@ -27,7 +27,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--delta", metavar="GRID", help="objectness exponent (default: the detector's)")
     add("--detector-temperature", default="1", metavar="GRID", help="relative to the detector's (default: %(default)s)")
     add("--image-text-temperature", default="1", metavar="GRID", help="relative to the model's (default: %(default)s)")
-    add("--metric", default="AP", help="what the best setting is chosen by, for example APr (default: %(default)s)")
+    add("--metric", default="AP", help="what the best is chosen by, e.g. APr or mask_APr (default: %(default)s)")
+    add("--masks", action="store_true", help="measure masks too (mask_AP, …)")
     add("--templates", type=Path, metavar="FILE", help="prompts, one a line (default: those of the library)")
     add("--no-synonyms", action="store_true", help="embed names only")
     add("--limit", type=int, metavar="N", help="only N pictures, evenly spread")
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
     """Collect, sweep, print the best and where the output went."""
     import logging
     import warnings
+    from functools import partial
 
     from tqdm import tqdm
 
@@ -53,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
     from pretrain.atomic import write_atomically
     from pretrain.engine.device import Device
 
+    interval = 0.2 if sys.stderr.isatty() else 20.0  # seconds; a file need not hold every step of the bar
     templates = read_templates(options.templates) if options.templates else DEFAULT_TEMPLATES
     values = {
         name: parse_grid(getattr(options, name))
@@ -71,11 +74,13 @@ def run(options: argparse.Namespace) -> None:
     cache, ground_truth = collect_scores(
         detector, options.annotations, options.image_root or options.annotations.parent, options.output / "cache",
         templates, not options.no_synonyms, options.dtype, options.limit,
-        progress=lambda jobs: tqdm(jobs, desc="network", unit="picture"),
+        progress=partial(tqdm, desc="network", unit="picture", mininterval=interval), masks=options.masks,
     )  # fmt: skip
     rows = sweep(cache, heads, ground_truth, grid[:1])
     best_row(rows, options.metric)  # a mistyped metric should not have to wait for the rest
-    rows += sweep(cache, heads, ground_truth, grid[1:], lambda jobs: tqdm(jobs, desc="settings", unit="setting"))
+    rows += sweep(
+        cache, heads, ground_truth, grid[1:], partial(tqdm, desc="settings", unit="setting", mininterval=interval)
+    )
     best = best_row(rows, options.metric)
     ordered = sorted(rows, key=lambda row: -row.metrics[options.metric])
     write_json_atomic(

@@ -33,6 +33,10 @@ def run(options: argparse.Namespace) -> None:
     folder = Path(options.detector or Path(cfg.train.output) / "detector")
     if not options.eval_only:
         folder = train(cfg, resume=options.resume)
+    if cfg.data.get("validation", True) == "":  # fine-tuning without a set to measure on
+        if comm.is_main_process():
+            print(f"\ndetector: {folder}\nnothing was measured: data.validation is empty")
+        return
     results = evaluate(cfg, folder)
     if comm.is_main_process():
         print(f"\n{results_table(results)}\ndetector:   {folder}\nevaluation: {cfg.train.output}/summary.md")

@@ -216,6 +216,7 @@ def load_lvis(json_path: str | Path, image_root: str | Path) -> tuple[list[dict]
             "verified_classes": _verified(image, by_image[image["id"]], index),
             "annotations": by_image[image["id"]],
         }
+        | ({"source": image["source"]} if "source" in image else {})
         for image in sorted(ground_truth["images"], key=lambda i: i["id"])
     ]
     counts: dict[int, int] = dict.fromkeys(index, 0)

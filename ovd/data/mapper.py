@@ -7,6 +7,7 @@ the same shape, which XLA needs) and light colour jitter. Testing scales the lon
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from pycocotools import mask as mask_tools
 
 from ovd.data.images import ImageError, read_image
+from ovd.data.regions import place_regions, read_regions
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,9 @@ class OpenVocabularyMapper:
         scale_range: training: picture size relative to `image_size`.
         colour_jitter: largest relative change of brightness, contrast and saturation; 0 switches it off.
         with_masks: give `gt_masks`.
+        regions: training: folder of regions to distil, made by `ovd.data.regions.precompute_regions`; given as
+            "regions". Empty: none, and distillation makes them from the picture.
+        regions_teacher: fingerprint of the image-text model that must have made them; empty: any.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class OpenVocabularyMapper:
         scale_range: tuple[float, float] = (0.5, 1.6),
         colour_jitter: float = 0.2,
         with_masks: bool = True,
+        regions: str = "",
+        regions_teacher: str = "",
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size {image_size} must be at least 1")
@@ -74,7 +81,10 @@ class OpenVocabularyMapper:
             raise ValueError(f"scale_range {scale_range} must be two positive numbers, the smaller first")
         if not 0 <= colour_jitter < 1:
             raise ValueError(f"colour_jitter {colour_jitter} must lie in [0, 1)")
+        if regions and not Path(regions).is_dir():
+            raise ValueError(f"regions {regions!r} is no folder: make it with ovd.data.regions.precompute_regions")
         self.is_train, self.with_masks = is_train, with_masks
+        self.regions, self.regions_teacher = regions, regions_teacher or None
         self.skipped = 0
         if is_train:
             augmentations = [
@@ -111,7 +121,11 @@ class OpenVocabularyMapper:
         transforms = self.augmentations(augmented)
         record["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         if self.is_train:
-            record["instances"] = self._instances(annotations, transforms, image.shape[:2], augmented.image.shape[:2])
+            size = augmented.image.shape[:2]
+            record["instances"] = self._instances(annotations, transforms, image.shape[:2], size)
+            if self.regions:
+                boxes, embeddings = read_regions(self.regions, record["image_id"], self.regions_teacher)
+                record["regions"] = place_regions(boxes, embeddings, transforms, size)
         return record
 
     @staticmethod

@@ -3,6 +3,7 @@
 Plain functions with plain arguments, so that a LazyConfig holds numbers and names only.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ from torch import nn
 
 from ovd.data.lvis import load_lvis
 from ovd.data.mapper import OpenVocabularyMapper
+from ovd.data.mixing import repeat_factors
 from ovd.engine.loader import PositionSampler, SeededDataset
 from pretrain.config import ConfigError
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)
+# Learned inputs of a tower, not weights that multiply anything: position tables, class and register tokens.
+_INPUTS = ("pos_embed", "prefix_tokens", "cls_token", "reg_token", "positional_embedding", "class_embedding")
 
 
 def build_train_loader(
@@ -36,6 +40,7 @@ def build_train_loader(
     repeat_threshold: float = 0.0,
     seed: int = 0,
     start_step: int = 0,
+    shares: Sequence[float] = (),
 ) -> Any:
     """Endless batches of mapped pictures; the same ones from the same seed, however many workers there are.
 
@@ -46,15 +51,23 @@ def build_train_loader(
         repeat_threshold: LVIS repeat-factor sampling: pictures with classes rarer than this share are repeated (the
             LVIS paper uses 0.001); 0 samples uniformly.
         start_step: first step to give batches for; those before it were trained on already.
+        shares: of the pictures, by their "source" in a file made by `ovd.data.mixing.merge`; empty: all pictures alike.
 
     Raises:
-        ConfigError: the batch cannot be shared equally by the processes.
+        ConfigError: the batch cannot be shared equally by the processes, or both shares and repeats are asked for.
     """
     world = comm.get_world_size()
     if batch_size < 1 or batch_size % world:
         raise ConfigError(f"a batch of {batch_size} cannot be shared equally by {world} processes: use a multiple")
     dicts, _ = load_lvis(annotations, image_root)
-    if repeat_threshold > 0:
+    if shares and repeat_threshold > 0:
+        raise ConfigError(
+            "repeat_threshold and shares both say how often a picture is shown: set one of them to 0 or []"
+        )
+    if shares:
+        factors = torch.as_tensor(repeat_factors([d.get("source", 0) for d in dicts], list(shares)))
+        sampler = RepeatFactorTrainingSampler(factors, seed=seed)
+    elif repeat_threshold > 0:
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(dicts, repeat_threshold)
         sampler = RepeatFactorTrainingSampler(factors, seed=seed)
     else:
@@ -106,7 +119,7 @@ def parameter_groups(
 
     Args:
         backbone_lr_factor: factor on the rate of `backbone.net` (RECLIP's family: 0.1 to 0.6).
-        weight_decay: not for norms, biases, positions and other vectors.
+        weight_decay: not for norms, biases and other vectors, position tables, class and register tokens.
         decay_backbone: whether the tower's matrices decay.
     """
     undecayed = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
@@ -115,7 +128,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         tower = name.startswith("backbone.net.")
-        plain = parameter.ndim <= 1 or id(parameter) in undecayed or name.endswith(("pos_embed", "reg_token"))
+        plain = parameter.ndim <= 1 or id(parameter) in undecayed or name.endswith(_INPUTS)
         plain = plain or (tower and not decay_backbone)
         groups.setdefault((tower, plain), []).append(parameter)
     return [

@@ -46,6 +46,8 @@ def evaluate_detector(
     use_synonyms: bool = True,
     control: bool = True,
     protocol: str = "lvis",
+    samples: int = 0,
+    fixed_ap: bool = False,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Run the detector over a data set with the data set's own categories as vocabulary.
 
@@ -57,6 +59,8 @@ def evaluate_detector(
         protocol: "lvis" (300 detections a picture, labels may be incomplete as the file says) or "coco" (100 a picture
             and class, everything is labelled; OV-COCO is measured so). Files of `output` other than the detections are
             LVIS's either way.
+        samples: resamples of the pictures for the intervals in each row's metrics.json and summary.md; 0 for none.
+        fixed_ap: also measure AP_fixed, APr_fixed, …; see `OpenVocabularyEvaluator`.
 
     Returns:
         {"model": {"bbox": metrics, "segm": metrics}, "shuffled text": …}, metrics in 0–1; empty metrics on every
@@ -79,7 +83,7 @@ def evaluate_detector(
     for name, matrix in rows.items():
         model.set_text_embeddings(matrix.to(model.device), is_base.to(model.device))
         folder = output / name.replace(" ", "_")
-        evaluator = OpenVocabularyEvaluator(ground_truth, folder)
+        evaluator = OpenVocabularyEvaluator(ground_truth, folder, samples=samples, fixed_ap=fixed_ap)
         with _quiet("detectron2.evaluation.evaluator"):
             # A plain dict: Detectron2 gives an empty OrderedDict or None where another process has the metrics.
             results[name] = dict(inference_on_dataset(model, loader, evaluator) or {})

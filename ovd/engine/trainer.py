@@ -1,7 +1,8 @@
 """Train a detector on base categories: Detectron2's loop and hooks, a leak check before the first step.
 
-Where training starts: (1) the run folder's own state, with --resume; (2) the image-text checkpoint that the config
-names. A resumed run sees the pictures, crops and sampled regions that it would have seen without the stop.
+Where training starts: (1) the run folder's own state, with --resume; (2) the detector that the config names
+(fine-tuning), or (3) the image-text checkpoint that it names. A resumed run sees the pictures, crops and sampled
+regions that it would have seen without the stop.
 """
 
 import copy
@@ -21,7 +22,8 @@ from omegaconf import OmegaConf
 
 from ovd.data.leak_check import check_leaks
 from ovd.data.lvis import base_novel_split, read_ground_truth
-from ovd.detector import OpenVocabularyDetector, save_detector
+from ovd.detector import IMAGE_TEXT, OpenVocabularyDetector, read_detector, save_detector
+from ovd.engine import finetune
 from ovd.engine.checkpointer import AtomicCheckpointer
 from ovd.engine.evaluate import evaluate_detector, results_table
 from ovd.engine.loader import seed_all
@@ -35,6 +37,8 @@ from pretrain.engine.run_folder import RunFolder, file_fingerprint
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 
 logger = logging.getLogger(__name__)
+
+FUSION_SETTINGS = ("alpha", "beta", "objectness_delta", "detector_temperature")
 
 
 class LeakError(ValueError):
@@ -115,13 +119,18 @@ def train(cfg: Any, resume: bool = False) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     seed_all(cfg.train.seed)  # the same new weights in every process; the steps seed their own draws
     device = resolve_device(cfg.train.device)
-    check_training_data(cfg, output)
-    image_text_folder = Path(cfg.model.image_text)
+    start = cfg.model.get("detector")  # only where a detector is fine-tuned
+    if start is not None and comm.is_main_process():
+        finetune.prepare_data(cfg, output)
+    comm.synchronize()
+    if cfg.data.get("base_only", True):
+        check_training_data(cfg, output)
+    image_text_folder = Path(cfg.model.image_text) if start is None else finetune.detector_folder(start) / IMAGE_TEXT
     image_text = load_checkpoint(image_text_folder)
     vocabulary = base_vocabulary(cfg, image_text)
     annotations = cfg.data.train_annotations
     if comm.is_main_process():
-        run = RunFolder(output, OmegaConf.to_yaml(_plain(cfg)), {annotations: file_fingerprint(annotations)})
+        run = RunFolder(output, OmegaConf.to_yaml(plain(cfg)), {annotations: file_fingerprint(annotations)})
         run.close()  # Detectron2's writers log from here on
     model: OpenVocabularyRCNN = instantiate(cfg.model).to(device)
     model.set_text_embeddings(vocabulary.embeddings.to(device), torch.ones(len(vocabulary.names), dtype=torch.bool))
@@ -129,9 +138,21 @@ def train(cfg: Any, resume: bool = False) -> Path:
     _run_loop(cfg, model, output, resume)
     folder = output / "detector"
     if comm.is_main_process():
-        save_detector(folder, model, image_text_folder, base_names=vocabulary.names, float16=cfg.train.half)
+        _save(cfg, model, image_text_folder, vocabulary.names, folder)
     comm.synchronize()
     return folder
+
+
+def _save(cfg: Any, model: OpenVocabularyRCNN, image_text: Path, names: list[str], folder: Path) -> None:
+    """Write the detector; a fine-tuned one knows the words of before too, and may go only part of the way."""
+    target = folder
+    if "detector" in cfg.model:
+        names = finetune.joined_names(read_detector(image_text.parent)[2], names)
+        if cfg.finetune.interpolation < 1:
+            target = folder.parent / finetune.TUNED
+    save_detector(target, model, image_text, base_names=names, float16=cfg.train.half)
+    if target != folder:
+        finetune.interpolate(cfg, folder.parent, folder)
 
 
 def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool) -> None:
@@ -174,7 +195,7 @@ def _filled(description: Any, **arguments: Any) -> Any:
     return description
 
 
-def _plain(cfg: Any) -> Any:
+def plain(cfg: Any) -> Any:
     """The config as plain containers; callables become their dotted names."""
 
     def convert(value: Any) -> Any:
@@ -192,14 +213,18 @@ def evaluate(cfg: Any, detector_folder: str | Path) -> dict[str, dict[str, dict[
     device = resolve_device(cfg.train.device)
     detector = OpenVocabularyDetector.from_checkpoint(detector_folder, device=device)
     for name, value in cfg.evaluation.fusion.items():
-        if name not in ("alpha", "beta", "objectness_delta"):
-            raise ValueError(f"evaluation.fusion.{name} is no fusion setting: alpha, beta or objectness_delta")
+        if name not in FUSION_SETTINGS:
+            raise ValueError(f"evaluation.fusion.{name} is no fusion setting: {', '.join(FUSION_SETTINGS)}")
         setattr(detector.model.roi_heads, name, value)
     output = Path(cfg.train.output) / "evaluation"
+    if "detector" in cfg.model and comm.is_main_process():
+        finetune.prepare_data(cfg, Path(cfg.train.output))
+    comm.synchronize()
     results = evaluate_detector(
         detector.model, detector.image_text, instantiate(cfg.data.test), cfg.evaluation.annotations,
         list(cfg.text.templates), output, cfg.text.use_synonyms, cfg.evaluation.control,
-        cfg.evaluation.get("protocol", "lvis"),
+        cfg.evaluation.get("protocol", "lvis"), cfg.evaluation.get("samples", 0),
+        cfg.evaluation.get("fixed_ap", False),
     )  # fmt: skip
     if not comm.is_main_process():  # the first process has gathered everything
         return results

@@ -14,7 +14,7 @@ import numpy as np
 from ovd.evaluation.bootstrap import METRICS, Interval, bootstrap, interval
 from ovd.evaluation.lvis_evaluator import Results, lvis_matches
 from ovd.evaluation.results import text_table
-from ovd.evaluation.tables import FREQUENCIES
+from ovd.evaluation.tables import FREQUENCIES, GroundTruth
 
 _FREQUENCY_NAMES = {"r": "rare", "c": "common", "f": "frequent"}
 
@@ -68,11 +68,8 @@ def retention_report(
     """
     ground_truth, matches_before = lvis_matches(ground_truth_json, before, iou_type, max_dets)
     _, matches_after = lvis_matches(ground_truth_json, after, iou_type, max_dets)
-    tuned = _members(fine_tuned, ground_truth.names, ground_truth.category_ids)
-    groups = {"fine-tuned": tuned, "untouched": ~tuned}
-    for frequency in FREQUENCIES:
-        groups[f"untouched, {_FREQUENCY_NAMES[frequency]}"] = ~tuned & (ground_truth.frequencies == frequency)
-    has_objects = np.bincount(ground_truth.category, minlength=len(tuned)) > 0
+    groups = word_groups(ground_truth, fine_tuned)
+    has_objects = np.bincount(ground_truth.category, minlength=len(ground_truth.names)) > 0
     values = bootstrap([matches_before, matches_after], groups, samples, seed)
     rows = {}
     for group, members in groups.items():
@@ -81,6 +78,19 @@ def retention_report(
             words = int((members & has_objects).sum())
             rows[group, metric] = RetentionRow(words, interval(one), interval(two), interval(two - one))
     return RetentionReport(rows)
+
+
+def word_groups(ground_truth: GroundTruth, fine_tuned: Sequence[str | int]) -> dict[str, np.ndarray]:
+    """Which classes (K,) were fine-tuned, which were not, and of these which are rare, common and frequent.
+
+    Raises:
+        ValueError: see `retention_report`.
+    """
+    tuned = _members(fine_tuned, ground_truth.names, ground_truth.category_ids)
+    groups = {"fine-tuned": tuned, "untouched": ~tuned}
+    for frequency in FREQUENCIES:
+        groups[f"untouched, {_FREQUENCY_NAMES[frequency]}"] = ~tuned & (ground_truth.frequencies == frequency)
+    return groups
 
 
 def _members(words: Sequence[str | int], names: list[str], category_ids: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The description of a detector: with the image-text model, all that it is built and rebuilt from."""
 
+import math
 from dataclasses import dataclass, fields
 
 VLM_MODES = ("backbone", "frozen_copy", "crops", "off")
@@ -54,6 +55,8 @@ class DetectorConfig:
         vlm_box_scale: factor on the region for the image-text score.
         alpha, beta: fusion weights of the image-text score for base and novel classes.
         objectness_delta: exponent of the objectness factor.
+        detector_temperature: the detector's logits are divided by it at inference; 1 leaves them (tools/sweep_scores.py
+            finds it; the image-text score's is 1 / vlm_scale).
         nms_threshold, score_threshold, detections_per_image: inference settings.
     """
 
@@ -99,6 +102,7 @@ class DetectorConfig:
     alpha: float = 0.35
     beta: float = 0.65
     objectness_delta: float = 0.0
+    detector_temperature: float = 1.0
     nms_threshold: float = 0.5
     score_threshold: float = 0.0
     detections_per_image: int = 300
@@ -113,6 +117,8 @@ class DetectorConfig:
         for name in ("alpha", "beta"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a fusion weight lies in 0..1; choose one there")
+        if not 0 < self.detector_temperature < math.inf:
+            raise ValueError(f"detector_temperature is {self.detector_temperature}, but it is above 0; 1 leaves it off")
         sequences = ("anchor_sizes", "rpn_pre_nms_topk", "rpn_post_nms_topk")
         for name in (*sequences, "rpn_nms_thresholds", "distillation_box_scales"):
             setattr(self, name, tuple(getattr(self, name)))  # YAML and LazyConfig bring lists

@@ -18,12 +18,13 @@ from ovd.losses.distillation import RegionTeacher
 from ovd.modeling.backbone import FEATURE, ViTFeaturePyramid, WindowedViT
 from ovd.modeling.box_head import DistilledHead, TextBoxPredictor, build_box_head, build_mask_head
 from ovd.modeling.detector_config import DetectorConfig
-from ovd.modeling.image_tower import plain_tower, value_attention
+from ovd.modeling.image_tower import value_attention
 from ovd.modeling.proposals import build_rpn
 from ovd.modeling.roi_heads import Distillation, OpenVocabularyROIHeads, RegionScores
 from ovd.modeling.text_classifier import TextClassifier
 from ovd.modeling.vlm_head import CropTextHead, ImageTextHead, RegionTextHead
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
+from pretrain.modeling.plain_tower import plain_tower
 
 
 class OpenVocabularyRCNN(GeneralizedRCNN):
@@ -253,6 +254,7 @@ def _build_roi_heads(
         alpha=config.alpha,
         beta=config.beta,
         objectness_delta=config.objectness_delta,
+        detector_temperature=config.detector_temperature,
         distillation=distillation,
         distilled_head=distilled_head,
         num_classes=1,  # replaced by the vocabulary

@@ -16,6 +16,7 @@ from ovd.losses.distillation import RegionTeacher, distillation_loss
 from ovd.modeling.box_head import DistilledHead
 from ovd.modeling.score_fusion import apply_objectness, background_first, fuse_scores
 from ovd.modeling.selection import select_best
+from ovd.modeling.temperature import temper
 from ovd.modeling.vlm_head import RegionTextHead
 
 # Weight of the distilled head in ViLD's ensemble, for base and for novel classes (section 3.4).
@@ -86,6 +87,8 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         image_text_head: scores proposals with the image-text model; None leaves the detector alone.
         alpha, beta: fusion weights of base and novel classes.
         objectness_delta: exponent of the objectness factor, 0 for none.
+        detector_temperature: of the detector's probabilities at inference, those of the ensemble where there are two
+            heads; 1 leaves them.
         max_candidates: best (region, class) pairs kept for NMS in a picture, which bounds its cost in the vocabulary.
         distillation: adds "loss_distill" in training; None adds nothing.
         distilled_head: learns the distillation in the place of the text-classified head, and is fused with it.
@@ -99,6 +102,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         alpha: float = 0.35,
         beta: float = 0.65,
         objectness_delta: float = 0.0,
+        detector_temperature: float = 1.0,
         max_candidates: int = 20_000,
         distillation: Distillation | None = None,
         distilled_head: DistilledHead | None = None,
@@ -107,6 +111,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         super().__init__(**kwargs)
         self.image_text_head = image_text_head
         self.alpha, self.beta, self.objectness_delta = alpha, beta, objectness_delta
+        self.detector_temperature = detector_temperature
         self.max_candidates = max_candidates
         self.distillation, self.distilled_head = distillation, distilled_head
         self.num_reported = 0
@@ -216,7 +221,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         if self.distilled_head is not None:
             distilled = self.distilled_head.probabilities(pooled)
             z = fuse_scores(z, distilled, self.is_base, ENSEMBLE_ALPHA, ENSEMBLE_BETA, not independent)
-        z = z.split(counts)
+        z = temper(z, self.detector_temperature, independent).split(counts)
         p = [None] * len(counts)
         if self.image_text_head is not None:
             feature_map = self.image_text_head.feature_map(features, images.tensor, images.image_sizes)

@@ -82,7 +82,8 @@ class RegionTextHead(nn.Module, ABC):
         """Softmax over the vocabulary, (R, 1 + C) with a zero background column 0."""
         self._check_vocabulary()
         regions = self.embed_regions(feature_map, boxes)
-        scores = regions.new_zeros(len(regions), 1 + len(self.text_embeddings))
+        scores = regions.new_empty(len(regions), 1 + len(self.text_embeddings))
+        scores[:, 0] = 0
         # In parts, so that beside the result nothing grows with the vocabulary.
         rows = max(1, _VALUES_AT_ONCE // scores.shape[1])
         for part, out in zip(regions.split(rows), scores.split(rows), strict=True):

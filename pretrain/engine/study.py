@@ -29,15 +29,12 @@ from pretrain.config import (
     options_from_dict,
     to_yaml,
 )
-from pretrain.data.pairs import load_pairs
 from pretrain.engine.checkpoint import STATE_FILE
 from pretrain.engine.cost import describe_towers, phase_cost
-from pretrain.engine.device import Device
 from pretrain.engine.run_folder import describe_environment, file_fingerprint, git_revision
+from pretrain.engine.study_judging import further_measures, zero_shot
 from pretrain.engine.train import Trainer
-from pretrain.evaluation.zero_shot import evaluate_zero_shot
-from pretrain.modeling.checkpoint import CONFIG_FILE, load_checkpoint
-from pretrain.modeling.clip import set_context_length, set_image_size
+from pretrain.modeling.checkpoint import CONFIG_FILE
 
 RESULT_FILE = "result.json"
 
@@ -49,7 +46,9 @@ class RunSpec:
     name: str = ""
     label: str = ""  # in the table and the plot; empty: the name
     config: str = ""  # a file of configs/pretrain; empty: the study's
-    overrides: dict[str, Any] = field(default_factory=dict)  # dotted field: its value over the configuration's
+    # Dotted field: its value over the configuration's. The text "@NAME" is the checkpoint that the run NAME, which must
+    # come before, leaves with the same seed.
+    overrides: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)  # empty: the study's
     also_at: list[int] = field(default_factory=list)  # image sizes to judge at besides the study's
 
@@ -65,6 +64,7 @@ class StudyConfig:
     image_size: int = 160  # pixels at which every run is judged, whatever it was trained at
     split: str = "test"  # the one that differences, aim and plot are about
     baseline: str = "baseline"  # the run that the others are compared with
+    further: bool = False  # also hit@K, retrieval and, with data.withhold, unseen concepts
     aim_points: float = 1.0  # may be this many points of top-1 below the baseline …
     aim_ratio: float = 6.0  # … in this many times less training time
     output: str = "runs/study"  # run folders
@@ -79,12 +79,14 @@ class Job:
     Attributes:
         config: complete; its `run.output` is the run folder.
         sizes: image sizes to judge at, the study's first.
+        further: the split to take further measures on; empty: none.
     """
 
     spec: RunSpec
     seed: int
     config: PretrainConfig
     sizes: tuple[int, ...]
+    further: str = ""
 
     @property
     def folder(self) -> Path:
@@ -115,6 +117,7 @@ class Result:
     date: str
     machine: str
     git_revision: str
+    further: dict[str, float] = field(default_factory=dict)  # fractions by title, where the study asks
 
 
 @dataclass(frozen=True)
@@ -142,12 +145,13 @@ def load_study(path: str | Path) -> Study:
         raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     study: StudyConfig = options_from_dict(StudyConfig, node, "study")
     _check(study)
-    jobs = []
+    jobs: list[Job] = []
     for place in range(max(len(spec.seeds or study.seeds) for spec in study.runs)):
         for spec in study.runs:
             seeds = spec.seeds or study.seeds
             if place < len(seeds):
-                jobs.append(_make_job(study, spec, seeds[place]))
+                before = {job.spec.name: job.folder / "checkpoint" for job in jobs if job.seed == seeds[place]}
+                jobs.append(_make_job(study, spec, seeds[place], before))
     return Study(path, study, jobs)
 
 
@@ -162,10 +166,23 @@ def _check(study: StudyConfig) -> None:
         raise ConfigError("study.seeds: at least one is needed")
 
 
-def _make_job(study: StudyConfig, spec: RunSpec, seed: int) -> Job:
+def _resolved(value: Any, before: dict[str, Path]) -> Any:
+    """The value with every "@NAME" in it, at any depth, replaced by that run's checkpoint folder."""
+    if isinstance(value, dict):
+        return {key: _resolved(item, before) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(item, before) for item in value]
+    if not (isinstance(value, str) and value.startswith("@")):
+        return value
+    if value[1:] not in before:
+        raise ConfigError(f"{value} is no run before this one with the same seed: {', '.join(before) or 'none'}")
+    return str(before[value[1:]])
+
+
+def _make_job(study: StudyConfig, spec: RunSpec, seed: int, before: dict[str, Path]) -> Job:
     """Load a run's configuration and give it its folder."""
-    overrides = [f"{key}={json.dumps(value)}" for key, value in spec.overrides.items()]  # YAML reads JSON
     try:
+        overrides = [f"{key}={json.dumps(_resolved(value, before))}" for key, value in spec.overrides.items()]
         config = load_config(spec.config or study.config, [*overrides, f"run.seed={seed}"])
     except ConfigError as error:
         raise ConfigError(f"run {spec.name}: {error}") from error
@@ -175,7 +192,8 @@ def _make_job(study: StudyConfig, spec: RunSpec, seed: int) -> Job:
         )
     folder = Path(study.output) / f"{spec.name}-seed{seed}-{training_key(config)[:8]}"
     config = replace(config, run=replace(config.run, output=str(folder)))
-    return Job(spec, seed, config, tuple(dict.fromkeys([study.image_size, *spec.also_at])))
+    sizes = tuple(dict.fromkeys([study.image_size, *spec.also_at]))
+    return Job(spec, seed, config, sizes, study.split if study.further else "")
 
 
 def training_key(config: PretrainConfig) -> str:
@@ -192,7 +210,8 @@ def training_key(config: PretrainConfig) -> str:
 
 def _judged(job: Job) -> str:
     """What evaluation depends on besides the weights."""
-    return json.dumps([job.config.evaluation.splits, job.config.evaluation.templates, sorted(job.sizes)])
+    further = [job.further] if job.further else []
+    return json.dumps([job.config.evaluation.splits, job.config.evaluation.templates, sorted(job.sizes), *further])
 
 
 def read_result(job: Job) -> Result | None:
@@ -240,10 +259,12 @@ def run_job(job: Job) -> Result:
         # Judged afterwards, from the checkpoint, so that all runs are judged at one size by one piece of code.
         training = replace(job.config, evaluation=replace(job.config.evaluation, splits=[], every=0))
         Trainer(training, resume=True).train()
+    checkpoint = job.folder / "checkpoint"
     result = Result(
         train_seconds=train_seconds(job.folder),
         training_flops=training_flops(job.config),
-        zero_shot={str(size): judge(job, size) for size in job.sizes},
+        zero_shot={str(size): zero_shot(job.config, checkpoint, size) for size in job.sizes},
+        further=further_measures(job.config, checkpoint, job.sizes[0], job.further) if job.further else {},
         judged=_judged(job),
         date=time.strftime("%Y-%m-%d"),
         machine=describe_machine(),
@@ -252,24 +273,6 @@ def run_job(job: Job) -> Result:
     write_atomically(job.folder / RESULT_FILE, json.dumps(asdict(result), indent=1) + "\n")
     (job.folder / STATE_FILE).unlink(missing_ok=True)  # three times the weights' size, and not needed any more
     return result
-
-
-def judge(job: Job, size: int) -> dict[str, dict[str, float]]:
-    """Zero-shot accuracy of a trained job by split, at `size` pixels and the text length it was trained at last."""
-    config = job.config
-    device = Device(config.run.device, config.run.precision).torch_device
-    pairs = load_pairs(replace(config.data, preload=False, backgrounds=None), config.evaluation.splits)
-    model = load_checkpoint(job.folder / "checkpoint").model  # afresh for every size: positions are resampled once
-    if model.visual.image_size[0] != size:
-        set_image_size(model, size)
-    set_context_length(model, config.phases[-1].context_length)
-    model.to(device)
-    found = {}
-    for split, rows in pairs.evaluation.items():
-        found[split] = evaluate_zero_shot(
-            model, rows, pairs.classes, pairs.store, config.evaluation.templates, device
-        ).to_dict()
-    return found
 
 
 def train_seconds(folder: Path) -> float:

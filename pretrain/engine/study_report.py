@@ -178,6 +178,23 @@ def format_table(rows: list[Row], splits: list[str]) -> str:
     return "\n".join(lines)
 
 
+def format_further(config: StudyConfig, results: dict[str, dict[int, Result]]) -> str:
+    """What was measured besides zero-shot accuracy, in percent, as a Markdown table."""
+    found = [(spec.label or spec.name, list(results[spec.name].values())) for spec in config.runs]
+    titles = list(dict.fromkeys(title for _, group in found for result in group for title in result.further))
+    lines = [f"| run | {' | '.join(titles)} |", "|" + "---|" * (len(titles) + 1)]
+    for label, group in found:
+        values = [[100 * result.further[title] for result in group if title in result.further] for title in titles]
+        if any(values):
+            cells = [Spread.of(some).text() if some else "–" for some in values]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"On {config.split} at {config.image_size} px, in percent, mean ± sample standard deviation over seeds.",
+    ]
+    return "\n".join(lines)
+
+
 def provenance(study: Study, results: dict[str, dict[int, Result]]) -> list[str]:
     """Command, machine, dates, seeds and code of the results there are, a line each."""
     done = [result for by_seed in results.values() for result in by_seed.values()]
@@ -219,6 +236,8 @@ def format_report(study: Study, results: dict[str, dict[int, Result]], plot: Pat
         "towers. Ratios and differences are to the baseline, over the seeds that both have."
     )
     lines += ["", verdict(config, rows), ""]
+    if config.further:
+        lines += [format_further(config, results), ""]
     if plot:
         lines += [f"![accuracy over training time]({plot.name})", ""]
     lines += [f"- {line}" for line in provenance(study, results)]

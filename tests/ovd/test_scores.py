@@ -13,7 +13,7 @@ from ovd.detections import Detections
 from ovd.detector import OpenVocabularyDetector
 from ovd.evaluation.lvis_evaluator import evaluate_results
 from ovd.modeling.roi_heads import RegionScores
-from ovd.scores import DESCRIPTION, CachedPicture, ScoreCache, collect_scores
+from ovd.scores import DESCRIPTION, CachedPicture, ScoreCache, cached_proposals, collect_scores
 from ovd.sweep import (
     ScoreSettings,
     best_row,
@@ -97,6 +97,40 @@ def test_cached_detections_are_those_of_a_full_run(collected, detector, annotati
     assert len(cached) == len(full) > 30
     for ours, theirs in zip(cached, full, strict=True):
         assert ours == {name: value for name, value in theirs.items() if name != "segmentation"}
+
+
+def test_cached_masks_are_those_of_a_full_run(detector, annotations, tmp_path) -> None:
+    from pycocotools import mask as mask_codec
+
+    cache, ground_truth = collect_scores(detector, annotations, annotations.parent, tmp_path, masks=True)
+    settings = ScoreSettings(0.35, 0.65)
+    cached = cached_detections(cache, detector.model.roi_heads, settings, SIZES, [2, 4, 7])
+    full = full_run(detector, annotations, settings)
+    assert len(cached) == len(full) > 30
+    for ours, theirs in zip(cached, full, strict=True):
+        assert ours["bbox"] == theirs["bbox"] and ours["segmentation"]["size"] == theirs["segmentation"]["size"]
+        masks = [mask_codec.decode(result["segmentation"]) for result in (ours, theirs)]
+        # Probabilities next to the threshold may differ in the last bit with the number of boxes in a batch.
+        assert (masks[0] != masks[1]).mean() < 1e-3
+    row = sweep(cache, detector.model.roi_heads, ground_truth, [settings])[0]
+    assert row.metrics["mask_AP"] == evaluate_results(ground_truth, full, "segm")["AP"]
+    assert "mask_APr" in sweep_table([row])
+
+
+def test_a_cache_without_masks_is_not_one_with_them(detector, annotations, collected) -> None:
+    with pytest.raises(ValueError, match="different: masks"):
+        collect_scores(detector, annotations, annotations.parent, collected[0].folder, masks=True)
+
+
+def test_cached_proposals_are_in_pixels_of_the_original(collected, detector, annotations) -> None:
+    found = cached_proposals(collected[0], SIZES)
+    record = {"file_name": str(annotations.parent / "3.png"), "image_id": 3}
+    inputs = OpenVocabularyMapper(False, detector.model.architecture.image_size)(record)
+    proposals = detector.model.inference([inputs], return_parts=True)[0]["parts"].proposals
+    height, width = SIZES[3]
+    scale = width / inputs["image"].shape[2]
+    np.testing.assert_allclose(found[3][0], proposals.numpy() * scale, rtol=1e-4, atol=1e-2)
+    assert found[3][0][:, 3].max() <= height + 1e-3
 
 
 def test_temperatures_are_those_of_a_full_run(collected, detector, annotations) -> None:

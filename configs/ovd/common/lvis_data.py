@@ -12,7 +12,13 @@ data = dict(
     train=L(build_train_loader)(
         annotations="${data.train_annotations}",
         image_root="${data.image_root}",
-        mapper=L(OpenVocabularyMapper)(is_train=True, image_size=1024, scale_range=(0.1, 2.0), colour_jitter=0.0),
+        mapper=L(OpenVocabularyMapper)(
+            is_train=True,
+            image_size=1024,
+            scale_range=(0.1, 2.0),
+            colour_jitter=0.0,
+            regions="",  # folder of regions to distil (ovd.data.regions); empty: made from each picture
+        ),
         batch_size="${train.batch_size}",
         workers=8,
         repeat_threshold=0.001,  # of the LVIS paper
@@ -32,4 +38,6 @@ evaluation = dict(
     fusion=dict(),
     control=False,
     protocol="lvis",
+    samples=0,  # resamples of the pictures for confidence intervals, e.g. 1000
+    fixed_ap=False,  # also the best 10,000 detections a class; wants detections_per_image above 300
 )

@@ -11,7 +11,7 @@ data = dict(
     train=L(build_train_loader)(
         annotations="${data.train_annotations}",
         image_root="data/mini",
-        mapper=L(OpenVocabularyMapper)(is_train=True, image_size=320, scale_range=(0.6, 1.4)),
+        mapper=L(OpenVocabularyMapper)(is_train=True, image_size=320, scale_range=(0.6, 1.4), regions=""),
         batch_size=4,
         workers=1,
         seed="${train.seed}",
@@ -27,7 +27,10 @@ data = dict(
 
 evaluation = dict(
     annotations="data/mini/mini_lvis_test.json",
-    fusion=dict(),  # alpha, beta, objectness_delta, where they should differ from the checkpoint's
+    # alpha, beta, objectness_delta, detector_temperature, where they should differ from the checkpoint's
+    fusion=dict(),
     control=True,  # also with the text embeddings shuffled
     protocol="lvis",  # or coco
+    samples=0,  # resamples of the pictures for confidence intervals, e.g. 1000
+    fixed_ap=False,  # also the best 10,000 detections a class; wants detections_per_image above 300
 )

@@ -34,6 +34,7 @@ model = L(build_detector)(
         background_weight=0.9,
         classification="softmax",  # or "sigmoid", then also federated_loss="sampled" or "verified"
         distillation="off",  # or "shared" (ViLD), "ensemble" (ViLD-ensemble)
+        distillation_regions=32,
         vlm_mode="crops",  # the frozen tower on each proposal's crop: best on the validation vendor
         vlm_crop_size=96,
         vlm_box_scale=1.1,
@@ -41,6 +42,7 @@ model = L(build_detector)(
         alpha=0.35,
         beta=0.65,
         objectness_delta=0.0,
+        detector_temperature=1.0,
     ),
     image_text="checkpoints/mini",
 )

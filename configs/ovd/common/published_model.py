@@ -46,6 +46,7 @@ model = L(build_detector)(
         alpha=0.35,
         beta=0.65,
         objectness_delta=3.0,  # [M] DITO's value
+        detector_temperature=1.0,
         nms_threshold=0.5,
         score_threshold=0.0,
         detections_per_image=300,

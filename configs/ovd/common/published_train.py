@@ -7,6 +7,7 @@ SGD at 0.18 for 256 pictures, 1,000 steps of warm-up, a tenth at 80, 90 and 95 %
 from detectron2.config import LazyCall as L
 
 from ovd.engine.defaults import build_sgd, warmup_steps
+from pretrain.evaluation.prompts import imagenet_templates
 
 train = dict(
     output="",
@@ -37,7 +38,6 @@ schedule = L(warmup_steps)(
 )
 
 text = dict(
-    # The family averages the 80 templates of CLIP's ImageNet evaluation; ovd.text.embeddings has the short list.
-    templates=["{}", "a photo of a {}", "a photo of the {}", "a photo of one {}", "a close-up photo of a {}"],
+    templates=imagenet_templates(),  # the 80 of CLIP's ImageNet evaluation, as the family does
     use_synonyms=False,
 )

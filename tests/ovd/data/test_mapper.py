@@ -78,6 +78,25 @@ def test_picture_without_objects_gives_empty_instances(record):
     assert len(instances) == 0 and instances.gt_masks.tensor.shape == (0, 64, 64)
 
 
+def test_regions_kept_in_files_come_with_the_picture(record, tmp_path):
+    from ovd.data.regions import precompute_regions
+
+    boxes, embeddings = torch.tensor([[0.0, 0, 80, 60], [10, 10, 30, 30]]), torch.eye(2)
+    record["image_id"] = 7
+    precompute_regions([record], lambda _: (boxes, embeddings), tmp_path / "regions", teacher="abc")
+    mapper = OpenVocabularyMapper(
+        is_train=True, image_size=64, scale_range=(0.7, 0.7), regions=str(tmp_path / "regions"), regions_teacher="abc"
+    )
+    regions = mapper(record)["regions"]
+    whole = regions.teacher_embeddings[:, 0] == 1
+    x1, y1, x2, y2 = regions.proposal_boxes.tensor[whole][0].tolist()
+    assert (x2 - x1) / (y2 - y1) == pytest.approx(80 / 60, rel=0.05)
+    with pytest.raises(ValueError, match="was made by the image-text model 'abc'"):
+        OpenVocabularyMapper(is_train=True, regions=str(tmp_path / "regions"), regions_teacher="xyz")(record)
+    with pytest.raises(ValueError, match="is no folder"):
+        OpenVocabularyMapper(is_train=True, regions=str(tmp_path / "none"))
+
+
 def test_testing_scales_the_longer_side_and_keeps_rgb(record):
     out = OpenVocabularyMapper(is_train=False, image_size=40)(record)
     assert out["image"].shape == (3, 30, 40)  # 60 x 80, halved

@@ -62,7 +62,9 @@ def test_every_parameter_is_in_one_group_with_its_rate(image_text):
             continue
         rate, decay = settings[id(parameter)]
         assert rate == (0.25 if name.startswith("backbone.net.") else 1.0), name
-        assert decay == (0.0 if parameter.ndim <= 1 or name.endswith(("pos_embed", "reg_token")) else 0.1), name
+        learned_input = name.endswith(("pos_embed", "prefix_tokens"))  # the tower has a register token
+        assert decay == (0.0 if parameter.ndim <= 1 or learned_input else 0.1), name
+    assert "backbone.net.prefix_tokens" in dict(model.named_parameters())
 
 
 def test_the_rate_warms_up_and_ends_at_zero():
@@ -176,6 +178,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_all_losses(co
     config.optimizer.lr = 1e30
     with pytest.raises(FloatingPointError, match=r"step [1-3].*'loss_cls': .*'loss_mask': .*--resume"):
         trainer.train(config)
+
+
+def test_intervals_and_fixed_ap_are_measured_when_asked_for(config):
+    folder = trainer.train(config)
+    config.evaluation.samples, config.evaluation.fixed_ap, config.evaluation.control = 5, True, False
+    results = trainer.evaluate(config, folder)
+    assert {"AP_fixed", "APr_fixed"} <= results["model"]["bbox"].keys()
+    content = json.loads((Path(config.train.output) / "evaluation" / "model" / "metrics.json").read_text())
+    assert set(content["intervals"]["bbox"]["AP"]) == {"value", "low", "high"}
+
+
+def test_a_temperature_is_a_setting_of_the_folder_and_of_the_evaluation(config):
+    config.model.architecture.detector_temperature = 2.0
+    folder = trainer.train(config)
+    heads = trainer.OpenVocabularyDetector.from_checkpoint(folder).model.roi_heads
+    assert heads.detector_temperature == 2.0
+    config.evaluation.control = False
+    scores = {}
+    for temperature in (1.0, 2.0, 8.0):
+        config.evaluation.fusion = {"detector_temperature": temperature, "alpha": 0, "beta": 0}
+        trainer.evaluate(config, folder)
+        path = Path(config.train.output) / "evaluation" / "model" / "detections.json"
+        scores[temperature] = max(d["score"] for d in json.loads(path.read_text()))
+    assert scores[1.0] > scores[2.0] > scores[8.0]
+    config.model.architecture.detector_temperature = 0.0
+    with pytest.raises(ValueError, match="detector_temperature is 0"):
+        build_detector({"detector_temperature": 0.0})
 
 
 def test_an_unknown_fusion_setting_is_named(config):

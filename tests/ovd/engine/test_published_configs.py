@@ -127,3 +127,9 @@ def test_each_configuration_opens_with_its_command_and_says_what_was_not_measure
     cfg = load_config(path)
     assert json.dumps(OmegaConf.to_container(cfg.train, resolve=True))
     assert tuple(cfg.data.train.mapper.scale_range) == (0.1, 2.0) and cfg.data.train.mapper.image_size == 1024
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_the_text_embeddings_average_the_80_templates_of_imagenet(path):
+    templates = list(load_config(path).text.templates)
+    assert len(templates) == 80 and "a photo of a {}." in templates and all(t.count("{}") == 1 for t in templates)

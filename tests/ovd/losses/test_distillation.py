@@ -8,13 +8,8 @@ import torch
 from detectron2.data import transforms as T
 from torch import nn
 
-from ovd.losses.distillation import (
-    RegionTeacher,
-    distillation_loss,
-    place_regions,
-    precompute_regions,
-    read_regions,
-)
+from ovd.data.regions import place_regions, precompute_regions, read_regions
+from ovd.losses.distillation import RegionTeacher, distillation_loss
 
 
 class MeanColour(nn.Module):

@@ -5,7 +5,7 @@ import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from ovd.losses.distillation import place_regions, precompute_regions, read_regions
+from ovd.data.regions import place_regions, precompute_regions, read_regions
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
 from ovd.modeling.roi_heads import RegionScores

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
+from torchvision.ops import nms
 
-from ovd.modeling.selection import select_best
+from ovd.modeling.selection import best_pairs, class_nms, select_best
 
 
 def random_regions(regions: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,3 +57,35 @@ def test_the_given_boxes_stay_as_they_are() -> None:
     before = boxes.clone()
     select_best(boxes, scores, (20, 20), 0.0, 0.5, 7)
     assert torch.equal(boxes, before)
+
+
+@pytest.mark.parametrize(("regions", "classes"), [(1, 1), (3, 64), (7, 65), (40, 200), (5, 1000), (100, 640)])
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_best_pairs_are_topks(regions: int, classes: int, count: int) -> None:
+    scores = random_regions(regions, classes + 1)[1][:, 1:]  # not contiguous, as behind a background column
+    count = min(count, scores.numel())
+    best, found_regions, found_classes = best_pairs(scores, count)
+    expected = scores.flatten().topk(count)
+    assert torch.equal(best, expected.values)
+    assert torch.equal(found_regions * classes + found_classes, expected.indices)
+
+
+def test_best_pairs_of_equal_scores_are_different_pairs() -> None:
+    _, regions, classes = best_pairs(torch.ones(10, 700), 100)
+    assert len(set(zip(regions.tolist(), classes.tolist(), strict=True))) == 100
+    assert classes.max() < 700
+
+
+@pytest.mark.parametrize("classes", [1, 7, 20_000])
+def test_nms_within_classes_is_that_of_every_class_alone(classes: int) -> None:
+    """Class 20,000 of pictures of 1,000 px would be 2e7 away in one float32 plane, where numbers are 2 px apart."""
+    boxes, scores = random_regions(600, 1)
+    labels = classes - 1 - torch.arange(600) % min(classes, 3)
+    boxes = boxes * 10
+    expected = []
+    for label in labels.unique():
+        of_class = (labels == label).nonzero()[:, 0]
+        expected.append(of_class[nms(boxes[of_class], scores[of_class, 0], 0.5)])
+    expected = torch.cat(expected)
+    expected = expected[scores[expected, 0].argsort(descending=True)]
+    assert torch.equal(class_nms(boxes, scores[:, 0], labels, 0.5), expected)

@@ -122,6 +122,45 @@ def test_a_run_without_a_phase_at_full_size_is_judged_at_both_sizes(make_study, 
     assert result.training_flops == cost.training_flops
 
 
+def test_a_run_can_start_from_what_another_one_left_with_the_same_seed(make_study):
+    runs = [
+        {"name": "baseline", "overrides": {"phases": [SMALL]}},
+        {"name": "more", "overrides": {"model.init": "@baseline", "phases": [{**SMALL, "steps": 1, "lr": 0.0}]}},
+    ]
+    study = make_study(runs=runs)
+    for seed in (0, 1):
+        first, second = job_of(study, "baseline", seed), job_of(study, "more", seed)
+        assert second.config.model.init == str(first.folder / "checkpoint")
+    study_module.run_job(first)
+    study_module.run_job(second)
+    left, right = (load_file(job.folder / "checkpoint" / WEIGHTS_FILE) for job in (first, second))
+    assert torch.equal(left["text.token_embedding.weight"], right["text.token_embedding.weight"])
+    with pytest.raises(ConfigError, match="run baseline: @more is no run before this one with the same seed: none"):
+        make_study(
+            runs=[{**runs[1], "name": "baseline", "overrides": {"model.init": "@more"}}, runs[0] | {"name": "b"}]
+        )
+
+
+def test_further_measures_are_those_of_their_own_evaluations(make_study, tmp_path):
+    (tmp_path / "unseen.txt").write_text("yellow\n")
+    small = {**SMALL, "batch_size": 9}
+    runs = [{"name": "baseline", "overrides": {"phases": [small], "data.withhold": str(tmp_path / "unseen.txt")}}]
+    study = make_study(runs=runs, further=True, seeds=[0])
+    result = study_module.run_job(study.jobs[0])
+    measured = result.zero_shot["64"]["val"]
+    assert result.further["hit@1"] == pytest.approx(measured["top1"])
+    assert result.further["hit@5"] == pytest.approx(measured["top5"])
+    assert result.further["hit@10"] >= result.further["hit@5"]
+    # 12 drawings of 12 names: from a drawing to its name is what zero-shot classification asks.
+    mean = result.further["retrieval, mean R@1"]
+    assert 2 * mean - result.further["text to image R@1"] == pytest.approx(measured["top1"])
+    assert result.further["unseen, of 3: top-5"] == 1.0  # three yellow things, all of them among the first five
+    page = format_report(study, collect(study), None)
+    assert "| run | hit@1 | hit@2 |" in page and f"| baseline | {100 * result.further['hit@1']:.1f} |" in page
+    without = make_study(runs=runs, seeds=[0]).jobs[0]
+    assert read_result(without) is None and progress(without) == "trained"
+
+
 def test_a_changed_setting_runs_again_and_keeps_the_old_result(make_study):
     study = make_study()
     study_module.run_job(old := job_of(study, "baseline"))

@@ -1,0 +1,74 @@
+"""Fine-tune a detector on your own boxes (any COCO-format file) without losing the words it knows.
+
+    python tools/train_net.py --config configs/ovd/finetune.py model.detector=mini \
+        data.annotations=mine.json data.images=pictures train.output=runs/mine
+    python tools/retention.py --before mini --after runs/mine/detector --annotations GROUND_TRUTH --fine-tuned WORDS
+
+What keeps the other words: the image-text score never trains (vlm_mode crops or frozen_copy), the tower's rate is low,
+`data.replay` mixes in the set the detector came from, and `finetune.interpolation` goes only part of the way. How much
+each of them is worth on the miniature: studies/retention_mini.md, once configs/studies/retention_mini.yaml has run.
+"""
+
+from detectron2.config import LazyCall as L
+
+from ovd.data.mapper import OpenVocabularyMapper
+from ovd.engine.defaults import build_optimizer, build_test_loader, build_train_loader, warmup_cosine
+from ovd.engine.finetune import load_for_training, replay_shares
+
+from .common.train import text, train
+
+model = L(load_for_training)(
+    detector="mini",  # a detector's folder, or the name of one that ships
+    architecture=dict(),  # fields of DetectorConfig to change, e.g. vlm_mode, alpha
+    masks="${data.masks}",
+)
+
+data = dict(
+    annotations="",  # your COCO or LVIS file
+    images="",  # folder of its pictures
+    masks=True,  # False where the annotations are boxes only; the mask head then stays as it is
+    validation="",  # a file of the same kind; empty: nothing is measured afterwards
+    validation_images="${data.images}",
+    words="own",  # the classes trained against each other: those of the files, or "all", also the detector's own
+    replay=dict(annotations="", images="", share=0.5),  # the set it came from, and its share of the pictures
+    train_annotations="${train.output}/training.json",
+    lvis_ids=False,
+    base_only=False,  # nothing is held back as novel: what is in the file is to be learned
+    train=L(build_train_loader)(
+        annotations="${data.train_annotations}",
+        image_root="",
+        mapper=L(OpenVocabularyMapper)(
+            is_train=True, image_size=320, scale_range=(0.6, 1.4), with_masks="${data.masks}"
+        ),
+        batch_size=4,
+        workers=1,
+        seed="${train.seed}",
+        shares=L(replay_shares)(replay_annotations="${data.replay.annotations}", share="${data.replay.share}"),
+    ),
+    test=L(build_test_loader)(
+        annotations="${evaluation.annotations}",
+        image_root="${data.validation_images}",
+        mapper=L(OpenVocabularyMapper)(is_train=False, image_size="${data.train.mapper.image_size}"),
+        batch_size=4,
+        workers=1,
+    ),
+)
+
+evaluation = dict(
+    annotations="${train.output}/validation.json",
+    fusion=dict(),
+    control=False,
+    protocol="lvis",
+    samples=0,
+    fixed_ap=False,
+)
+
+finetune = dict(
+    interpolation=1.0,  # 0: the detector before, 1: that after, between: the mean of their weights (WiSE-FT)
+)
+
+train.output = "runs/finetuned"
+train.max_iter = 300
+
+optimizer = L(build_optimizer)(lr=2e-4, backbone_lr_factor=0.1, weight_decay=0.05)
+schedule = L(warmup_cosine)(max_iter="${train.max_iter}", warmup_iters=30)

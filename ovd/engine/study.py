@@ -1,0 +1,266 @@
+"""A study of detectors: trainings that differ in a few settings, each over several seeds and measured in several ways.
+
+Two kinds. "detection": detectors of base classes on pictures with base and novel ones. "retention": fine-tuning on a
+few words, and what it does to them and to the others. Ways to measure (variants) that need no other weights, such as
+fusion weights or interpolation, share one training. Every training is a resumable run folder whose name follows from
+its configuration and data: what is done is skipped, what was stopped continues. Here a study is read; training and
+measuring are in `study_judging`, the page in `study_report`.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ovd.detector import CONFIG, IMAGE_TEXT
+from ovd.engine.finetune import detector_folder
+from ovd.engine.lazy_config import load_config
+from ovd.engine.trainer import plain
+from pretrain.config import ConfigError, options_from_dict
+from pretrain.engine.run_folder import file_fingerprint
+from pretrain.modeling.checkpoint import WEIGHTS_FILE
+
+RESULT_FILE = "result.json"
+KINDS = ("detection", "retention")
+WEIGHTS = ("chosen", "none", "fixed")
+BEFORE = "before"  # the variant of a retention study that every fine-tuning is compared with
+
+
+@dataclass
+class TrainingSpec:
+    """One way to train."""
+
+    name: str = ""
+    config: str = ""  # a file of configs/ovd; empty: the study's
+    overrides: dict[str, Any] = field(default_factory=dict)  # dotted field: its value over the configuration's
+    seeds: list[int] = field(default_factory=list)  # empty: the study's
+    image_tower: str = ""  # "random": the text tower of model.image_text with an image tower of new weights
+
+
+@dataclass
+class VariantSpec:
+    """One way to measure a training."""
+
+    name: str = ""
+    label: str = ""  # in the tables and plots; empty: the name
+    training: str = ""
+    weights: str = "chosen"  # of fusion: "chosen" on the validation pictures, "none" (0), "fixed" (the configuration's)
+    shuffled: bool = False  # detection: every class gets another class's text, the control
+    interpolation: float = 1.0  # retention: from the weights before (0) to those after (1)
+
+
+@dataclass
+class StudyConfig:
+    """What a study file can hold. Paths are relative to the working folder."""
+
+    kind: str = "detection"
+    title: str = ""
+    notes: list[str] = field(default_factory=list)  # what a reader of the table must know, a paragraph each
+    config: str = ""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    annotations: str = "data/mini/mini_lvis_test.json"  # what is reported
+    validation: str = "data/mini/mini_lvis_val.json"  # detection: what fusion weights are chosen on
+    image_root: str = "data/mini"
+    limit: int = 0  # pictures measured, at most; 0: all
+    samples: int = 300  # resamples of the pictures for the intervals
+    alpha: str = "0:0.8:0.1"  # detection: fusion weights tried, as tools/sweep_scores.py takes them
+    beta: str = "0:0.8:0.1"
+    tolerance: float = 0.003  # chosen is the highest APr among the weights within this of the highest AP (0.003: 0.3 %)
+    proposals: list[int] = field(default_factory=lambda: [20, 60])  # detection: recall at so many proposals
+    detector: str = "mini"  # retention: what is fine-tuned
+    words: list[str] = field(default_factory=list)  # retention: what is learned
+    scenes: int = 120  # retention: pictures to learn them from
+    baseline: str = ""  # the variant that the others are compared with; retention: always "before"
+    output: str = "runs/studies/detector"  # run folders
+    report: str = "studies/detector.md"  # the tables; plots lie beside it
+    trainings: list[TrainingSpec] = field(default_factory=list)
+    variants: list[VariantSpec] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training with one seed, and the ways to measure it.
+
+    Attributes:
+        config: complete but for what `prepare` makes.
+        folder: the run folder.
+        image_text: detection: the image-text model that the configuration names, whatever is made of it.
+    """
+
+    spec: TrainingSpec
+    seed: int
+    config: Any
+    folder: Path
+    variants: tuple[VariantSpec, ...]
+    image_text: str
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.spec.name} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of a job.
+
+    Attributes:
+        values: by variant, task ("bbox", "segm") and metric: fractions in 0-1, the first on the pictures as they are,
+            the others on resampled ones, the same for every job (NaN: None).
+        proposals: `proposal_recall`'s metrics.
+        settings: by variant, the fusion weights it was measured with.
+        sweep: of the validation pictures: alpha, beta, AP, APr, APc, APf.
+        train_seconds: sum of the steps' times, waiting for data included.
+        judged: what the measuring depended on; another value makes it stale.
+    """
+
+    values: dict[str, dict[str, dict[str, list]]]
+    proposals: dict[str, float | None]
+    settings: dict[str, dict[str, float]]
+    sweep: list[dict[str, float | None]]
+    train_seconds: float
+    judged: str
+    date: str
+    machine: str
+    git_revision: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, read and checked; jobs in the order to run them: one seed of everything first."""
+
+    path: Path
+    config: StudyConfig
+    jobs: list[Job]
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study file and the configuration of each of its trainings.
+
+    Raises:
+        ConfigError: a missing file, an unknown field or name, or a training that cannot be configured.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError(f"no study file {path}{f'; did you mean {path.with_name(near[0])}?' if near else ''}")
+    try:
+        node = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # the YAML parser's own errors have many types
+        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    study: StudyConfig = options_from_dict(StudyConfig, node, "study")
+    _check(study)
+    jobs = []
+    for place in range(max(len(spec.seeds or study.seeds) for spec in study.trainings)):
+        for spec in study.trainings:
+            seeds = spec.seeds or study.seeds
+            if place < len(seeds):
+                jobs.append(_make_job(study, spec, seeds[place]))
+    return Study(path, study, jobs)
+
+
+def _check(study: StudyConfig) -> None:
+    for part, specs in (("trainings", study.trainings), ("variants", study.variants)):
+        names = [spec.name for spec in specs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if not names or "" in names or twice:
+            found = f"{twice[0]!r} occurs twice" if twice else "a name is missing"
+            raise ConfigError(f"study.{part}: {found}; name each")
+    trainings, variants = [t.name for t in study.trainings], [v.name for v in study.variants]
+    for variant in study.variants:
+        if variant.training not in trainings:
+            raise ConfigError(f"variant {variant.name}: no training {variant.training!r}: {', '.join(trainings)}")
+        if variant.weights not in WEIGHTS:
+            raise ConfigError(f"variant {variant.name}: weights {variant.weights!r}: choose {', '.join(WEIGHTS)}")
+    if study.kind not in KINDS:
+        raise ConfigError(f"study.kind is {study.kind!r}: {' or '.join(KINDS)}")
+    if study.kind == "detection" and study.baseline not in variants:
+        raise ConfigError(f"study.baseline {study.baseline!r} is not among the variants: {', '.join(variants)}")
+    if study.kind == "retention" and (not study.words or BEFORE in variants):
+        raise ConfigError(f"study.words is empty, or a variant is called {BEFORE!r}, which is the detector as it was")
+    if not study.seeds or study.samples < 1:
+        raise ConfigError("study.seeds and study.samples: at least one of each is needed")
+
+
+def _make_job(study: StudyConfig, spec: TrainingSpec, seed: int) -> Job:
+    """Load a training's configuration and give it its folder."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in spec.overrides.items()]  # hydra reads JSON
+    if study.kind == "retention":
+        scenes = Path(study.output) / "scenes"
+        own = {"model.detector": study.detector, "data.annotations": f"{scenes}/finetune.json", "data.images": scenes}
+        overrides = [*(f"{key}={value}" for key, value in own.items()), *overrides]
+    try:
+        config = load_config(spec.config or study.config, [*overrides, f"train.seed={seed}"])
+        key = training_key(study, spec, config)
+    except ValueError as error:
+        raise ConfigError(f"training {spec.name}: {error}") from error
+    folder = Path(study.output) / f"{spec.name}-seed{seed}-{key[:8]}"
+    config.train.output = str(folder)
+    image_text = str(config.model.get("image_text", ""))
+    if spec.image_tower == "random":
+        config.model.image_text = str(Path(study.output) / f"random_tower-seed{seed}")
+    elif spec.image_tower:
+        raise ConfigError(f"training {spec.name}: image_tower is {spec.image_tower!r}: leave it out, or random")
+    return Job(spec, seed, config, folder, tuple(v for v in study.variants if v.training == spec.name), image_text)
+
+
+def training_key(study: StudyConfig, spec: TrainingSpec, config: Any) -> str:
+    """Hexadecimal digest of all that training depends on: settings, annotations, the weights it starts from."""
+    settings = OmegaConf.to_container(plain(config), resolve=False)
+    for name in ("output", "log_every", "checkpoint_every"):
+        settings["train"].pop(name)
+    settings.pop("evaluation")
+    parts = [json.dumps(settings, sort_keys=True), spec.image_tower]
+    if study.kind == "retention":
+        start = detector_folder(study.detector)
+        parts += [json.dumps([study.words, study.scenes]), file_fingerprint(start / "model.safetensors")]
+        files = [config.data.replay.annotations, start / IMAGE_TEXT / WEIGHTS_FILE]
+    else:
+        files = [config.data.train_annotations, Path(config.model.image_text) / WEIGHTS_FILE]
+    parts += [file_fingerprint(file) for file in files if str(file) and Path(file).is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def judged(study: StudyConfig, job: Job) -> str:
+    """What measuring depends on besides the weights."""
+    variants = [{k: v for k, v in asdict(variant).items() if k != "label"} for variant in job.variants]
+    names = ("annotations", "validation", "limit", "samples", "alpha", "beta", "tolerance", "proposals", "words")
+    files = [study.annotations, study.validation] if study.kind == "detection" else [study.annotations]
+    content = [file_fingerprint(file) if Path(file).is_file() else "" for file in files]
+    return json.dumps([variants, [getattr(study, name) for name in names], content])
+
+
+def read_result(study: StudyConfig, job: Job) -> Result | None:
+    """A finished job's result; None if it has none, or one that was measured otherwise than now asked for."""
+    try:
+        result = Result(**json.loads((job.folder / RESULT_FILE).read_text()))
+    except (OSError, json.JSONDecodeError, TypeError):
+        return None
+    return result if result.judged == judged(study, job) else None
+
+
+def progress(study: StudyConfig, job: Job) -> str:
+    """done, trained (to be measured), started or missing."""
+    if read_result(study, job):
+        return "done"
+    if (job.folder / "detector" / CONFIG).is_file():
+        return "trained"
+    return "started" if (job.folder / "last_checkpoint").is_file() else "missing"
+
+
+def choose(study: Study, only: Iterable[str]) -> list[Job]:
+    """The jobs of the named trainings; all where no name is given.
+
+    Raises:
+        ConfigError: for a name that the study does not have.
+    """
+    only, names = list(only), [spec.name for spec in study.config.trainings]
+    for name in only:
+        if name not in names:
+            raise ConfigError(f"the study has no training {name!r}: {', '.join(names)}")
+    return [job for job in study.jobs if not only or job.spec.name in only]

@@ -1,0 +1,246 @@
+"""A detector study: trainings are shared, measured alike and resumed; what the page says follows from the results."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ovd.detector import save_detector
+from ovd.engine import study_judging
+from ovd.engine.study import Result, choose, judged, load_study, progress, read_result
+from ovd.engine.study_judging import (
+    ShuffledScores,
+    choose_weights,
+    randomise_image_tower,
+    resampled,
+    run_job,
+    train_seconds,
+)
+from ovd.engine.study_plots import write_report
+from ovd.engine.study_report import cell
+from ovd.evaluation.lvis_evaluator import evaluate_intervals
+from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.rcnn import build_detector
+from ovd.sweep import ScoreSettings, SweepRow
+from pretrain.config import ConfigError
+from pretrain.modeling.checkpoint import load_checkpoint
+
+
+@pytest.fixture
+def description(tmp_path, config_overrides, write) -> dict:
+    """A study of one training of two steps, measured in two ways."""
+    given = dict(item.split("=", 1) for item in config_overrides)
+    overrides = {
+        key: yaml.safe_load(value)
+        for key, value in given.items()
+        if not key.startswith(("train.output", "evaluation."))
+    } | {"train.max_iter": 2, "model.architecture.detections_per_image": 10}
+    return {
+        "config": "configs/ovd/mini_lvis.py", "annotations": given["evaluation.annotations"], "seeds": [0, 1],
+        "validation": str(write("validation", 3)), "image_root": str(tmp_path), "samples": 5, "proposals": [5],
+        "alpha": "0,0.5", "beta": "0.5", "output": f"{tmp_path}/study", "report": f"{tmp_path}/page/study.md",
+        "baseline": "alone", "title": "A study",
+        "trainings": [{"name": "detector", "overrides": overrides}],
+        "variants": [
+            {"name": "alone", "training": "detector", "weights": "none"},
+            {"name": "fused", "training": "detector", "label": "with fusion"},
+            {"name": "control", "training": "detector", "weights": "fixed", "shuffled": True},
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def load(tmp_path):
+    def make(description: dict):
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(description))
+        return load_study(path)
+
+    return make
+
+
+def test_a_training_is_measured_in_all_its_ways_and_not_run_again(description, load, monkeypatch):
+    study = load(description)
+    assert [progress(study.config, job) for job in study.jobs] == ["missing", "missing"]
+    result = run_job(study.config, study.jobs[0])
+    assert set(result.values) == {"alone", "fused", "control"} and set(result.values["alone"]) == {"bbox", "segm"}
+    assert result.settings["alone"] == {"alpha": 0.0, "beta": 0.0} and len(result.sweep) == 2
+    assert len(result.values["fused"]["bbox"]["AP:r"]) == 1 + 5 and "AR@5_novel" in result.proposals
+    assert [progress(study.config, job) for job in study.jobs] == ["done", "missing"]
+    folder = study.jobs[0].folder
+    assert not list(folder.glob("scores-*")) and not list(folder.glob("model_*.pth"))
+    monkeypatch.setattr(study_judging, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(study_judging, "judge", lambda *_: pytest.fail("measured again"))
+    assert run_job(study.config, study.jobs[0]) == result
+    # Another way to measure needs no other training.
+    changed = load({**description, "samples": 6})
+    assert changed.jobs[0].folder == folder and progress(changed.config, changed.jobs[0]) == "trained"
+    page, plots = write_report(study)
+    text = page.read_text()
+    assert "Not complete" in text and "detector: seed 1" in text and "with fusion" in text and "tools/study" in text
+    assert len(plots) == 2 and all(p.read_bytes().startswith(b"\x89PNG") for p in plots)
+
+
+def test_a_setting_that_training_depends_on_gives_another_folder(description, load):
+    first = load(description).jobs[0].folder
+    description["trainings"][0]["overrides"]["train.log_every"] = 2
+    assert load(description).jobs[0].folder == first
+    description["trainings"][0]["overrides"]["train.max_iter"] = 3
+    assert load(description).jobs[0].folder != first
+    description["trainings"][0]["image_tower"] = "random"
+    job = load(description).jobs[0]
+    assert "random_tower-seed0" in job.config.model.image_text and job.image_text != job.config.model.image_text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "speed"}, "detection or retention"),
+        ({"baseline": "none"}, "study.baseline 'none'"),
+        ({"kind": "retention"}, "study.words is empty"),
+        ({"annotation": "x"}, "annotations"),
+        ({"variants": [{"name": "a", "training": "b"}]}, "no training 'b': detector"),
+        ({"variants": [{"name": "a", "training": "detector", "weights": "best"}]}, "chosen, none, fixed"),
+        ({"trainings": [{"name": "a", "overrides": {"train.max_itre": 1}}]}, "no training 'detector': a"),
+    ],
+)
+def test_mistakes_in_a_study_are_named(description, load, change, message):
+    with pytest.raises(ConfigError, match=message):
+        load({**description, **change})
+
+
+def test_an_unknown_training_or_file_is_named(description, load, tmp_path):
+    with pytest.raises(ConfigError, match="no training 'x': detector"):
+        choose(load(description), ["x"])
+    with pytest.raises(ConfigError, match=r"did you mean .*study\.yaml"):
+        load_study(tmp_path / "studi.yaml")
+
+
+def test_retention_compares_with_the_detector_before(
+    description, load, tmp_path, image_text_folder, write, monkeypatch
+):
+    torch.manual_seed(0)
+    small = {"image_size": 96, "pyramid_channels": 16, "box_fc_dim": 32, "box_conv_dim": 16, "mask_conv_dim": 16}
+    model = build_detector(DetectorConfig(**small, detections_per_image=10), image_text_folder)
+    before = save_detector(tmp_path / "before", model, image_text_folder, base_names=["cat", "dog"])
+    scenes = write("scenes", 3)
+    monkeypatch.setattr(study_judging, "build_finetuning_scenes", lambda *_: scenes)
+    study = load({
+        **description, "kind": "retention", "config": "configs/ovd/finetune.py", "detector": str(before),
+        "words": ["wolf"], "seeds": [0],
+        "trainings": [{"name": "plain", "overrides": {
+            "data.annotations": str(scenes), "data.images": str(tmp_path), "train.max_iter": 1,
+            "data.train.workers": 0, "data.train.batch_size": 2, "data.train.mapper.image_size": 96,
+            "train.device": "cpu",
+        }}],
+        "variants": [
+            {"name": "all the way", "training": "plain"},
+            {"name": "none", "training": "plain", "interpolation": 0.0},
+        ],
+    })  # fmt: skip
+    result = run_job(study.config, study.jobs[0])
+    assert set(result.values) == {"before", "all the way", "none"}
+    # The same weights, but the new word is known now and weighted as such; the others' own scores are untouched.
+    assert {"AP:fine-tuned", "AP:untouched, common"} <= result.values["none"]["bbox"].keys()
+    text = write_report(study)[0].read_text()
+    assert "before fine-tuning" in text and "minus “before fine-tuning”" in text
+
+
+def test_the_values_are_the_metric_and_its_resamples(description):
+    ground_truth = json.loads(Path(description["annotations"]).read_text())
+    results = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.5}
+        for a in ground_truth["annotations"][::2]
+    ]
+    values = resampled(ground_truth, results, 50)
+    expected = evaluate_intervals(ground_truth, results, samples=50)
+    found = cell({0: values["bbox"]["AP"]})
+    assert found.interval.value == pytest.approx(expected["AP"].value, abs=1e-5)
+    assert found.interval.low == pytest.approx(expected["AP"].low, abs=1e-5) and "segm" not in values
+
+
+def test_differences_are_paired_by_seed_and_resample():
+    own, others = {0: [0.5, 0.6, 0.4], 1: [0.7, 0.8, 0.6], 2: [9, 9, 9]}, {0: [0.4, 0.5, 0.3], 1: [0.6, 0.7, 0.5]}
+    found = cell(own, others)
+    assert found.seeds == pytest.approx([0.1, 0.1])
+    assert (found.interval.value, found.interval.low, found.interval.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert found.text(sign=True) == "+10.0 ± 0.0 (+10.0 to +10.0)"
+    assert cell({}, others) is None and cell({0: [None, None]}).text() == "n/a"
+
+
+def test_weights_are_chosen_for_novel_classes_among_the_best():
+    def row(alpha: float, ap: float, rare: float) -> SweepRow:
+        return SweepRow(ScoreSettings(alpha, 0.5), {"AP": ap, "APr": rare})
+
+    rows = [row(0.0, 0.30, 0.05), row(0.2, 0.298, 0.09), row(0.4, 0.28, 0.2)]
+    assert choose_weights(rows, 0.003).settings.alpha == 0.2
+    assert choose_weights(rows, 0.0).settings.alpha == 0.0
+    assert choose_weights([row(0.1, float("nan"), float("nan"))], 0.003).settings.alpha == 0.1
+
+
+def test_shuffled_scores_are_those_of_shuffled_text(image_text_folder):
+    """The control made from cached scores equals the network run with another class's text for every class."""
+    from ovd.engine.evaluate import derangement
+    from ovd.scores import CachedPicture
+
+    torch.manual_seed(0)
+    model = build_detector({"image_size": 96, "pyramid_channels": 16}, image_text_folder).eval()
+    embeddings, is_base = torch.randn(5, 64), torch.tensor([True, True, False, True, False])
+    inputs = {"image": torch.randint(0, 255, (3, 96, 96), dtype=torch.uint8), "height": 96, "width": 96}
+
+    def parts(rows: torch.Tensor):
+        model.set_text_embeddings(rows, is_base)
+        return model.inference([inputs], return_parts=True)[0]["parts"]
+
+    class Cache:
+        def read(self, image_id: int) -> CachedPicture:
+            return CachedPicture(image_id, (96, 96), parts(embeddings))
+
+    ours = ShuffledScores(Cache(), 5).read(1).regions
+    theirs = parts(embeddings[torch.from_numpy(derangement(5))])
+    torch.testing.assert_close(ours.detector, theirs.detector)
+    torch.testing.assert_close(ours.image_text, theirs.image_text)
+
+
+def test_a_random_image_tower_keeps_the_text_tower(image_text_folder, tmp_path):
+    first = load_checkpoint(image_text_folder).model.state_dict()
+    made = [load_checkpoint(randomise_image_tower(image_text_folder, tmp_path / str(n), n)).model for n in (1, 2)]
+    for name, value in made[0].state_dict().items():
+        if name.startswith("text."):
+            assert torch.equal(value, first[name]), name
+    weight = "visual.trunk.blocks.0.attn.qkv.weight"
+    assert not torch.equal(made[0].state_dict()[weight], first[weight])
+    assert not torch.equal(made[0].state_dict()[weight], made[1].state_dict()[weight])
+
+
+def test_the_time_of_a_resumed_run_counts_each_step_once(tmp_path):
+    lines = [{"iteration": 19, "time": 1.0}, {"iteration": 39, "time": 2.0}, {"iteration": 39, "time": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    assert train_seconds(tmp_path) == pytest.approx(20 * 1.0 + 20 * 3.0)
+    assert train_seconds(tmp_path / "none") == 0
+
+
+def test_a_result_measured_otherwise_or_broken_is_none(description, load):
+    study = load(description)
+    job = study.jobs[0]
+    job.folder.mkdir(parents=True)
+    path = job.folder / "result.json"
+    good = Result({}, {}, {}, [], 1.0, judged(study.config, job), "", "", "")
+    path.write_text(json.dumps(vars(good)))
+    assert read_result(study.config, job) == good
+    assert read_result(replace(study.config, limit=3), job) is None
+    path.write_text("{")
+    assert read_result(study.config, job) is None
+
+
+@pytest.mark.parametrize("name", ["detector_mini", "retention_mini"])
+def test_the_published_studies_load(name):
+    study = load_study(f"configs/studies/{name}.yaml")
+    assert len(study.jobs) == 3 * len(study.config.trainings)
+    assert len({job.folder for job in study.jobs}) == len(study.jobs)
+    seconds = np.array([len(job.variants) for job in study.jobs])
+    assert (seconds > 0).all()

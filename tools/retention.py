@@ -1,0 +1,79 @@
+"""What fine-tuning did to its own words and to all others: average precision before and after, with intervals.
+
+python tools/retention.py --before mini --after runs/finetuned/detector --annotations data/mini/mini_lvis_test.json \
+    --fine-tuned taco,violin --output runs/retention
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--before", required=True, metavar="DIR", help="detector folder before fine-tuning, or a name that ships")
+    add("--after", required=True, metavar="DIR", help="detector folder after it")
+    add("--annotations", required=True, type=Path, metavar="FILE", help="LVIS annotations of old and new words")
+    add("--image-root", type=Path, metavar="DIR", help="folder of the pictures (default: that of the annotations)")
+    add("--fine-tuned", required=True, metavar="WORDS", help="names, separated by commas, or a file with one a line")
+    add("--output", required=True, type=Path, metavar="DIR", help="for retention.md, retention.json and detections")
+    add("--samples", type=int, default=1000, help="resamples of the pictures for the intervals (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="only the first N pictures")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Detect with both, compare, print where the output went."""
+    import json
+    import logging
+    import warnings
+    from functools import partial
+
+    from tqdm import tqdm
+
+    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    from ovd.engine.finetune import detector_folder
+    from ovd.engine.retention import compare, detect_categories, write_reports
+    from pretrain.atomic import write_atomically
+    from pretrain.engine.device import Device
+
+    words = Path(options.fine_tuned)
+    words = words.read_text().splitlines() if words.is_file() else options.fine_tuned.split(",")
+    words = [word.strip() for word in words if word.strip()]
+    device, interval = Device(options.device).torch_device, 0.2 if sys.stderr.isatty() else 20.0
+    found = {}
+    for name in ("before", "after"):
+        folder = detector_folder(getattr(options, name))
+        found[name] = detect_categories(
+            folder, options.annotations, options.image_root or options.annotations.parent, device,
+            limit=options.limit, progress=partial(tqdm, desc=name, unit="picture", mininterval=interval),
+        )  # fmt: skip
+        write_atomically(options.output / f"{name}.json", json.dumps(found[name]))
+    reports = compare(options.annotations, found["before"], found["after"], words, options.samples, options.limit)
+    path = write_reports(reports, options.output)
+    print(f"\n{path.read_text()}\nreport:     {path}\ndetections: {options.output}/before.json, after.json")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run; what a user can mend is one sentence on stderr."""
+    options = parse(arguments)
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing is lost but this run", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
