@@ -12,7 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from pretrain.config import (
     RunConfig,
     load_config,
     options_from_dict,
-    to_yaml,
 )
 from pretrain.engine.checkpoint import STATE_FILE
 from pretrain.engine.cost import describe_towers, phase_cost
@@ -196,13 +195,24 @@ def _make_job(study: StudyConfig, spec: RunSpec, seed: int, before: dict[str, Pa
     return Job(spec, seed, config, sizes, study.split if study.further else "")
 
 
+def _unusual(settings: Any) -> Any:
+    """What differs from the defaults, so that a field that is added later does not make old runs strangers."""
+    if isinstance(settings, list):
+        return [_unusual(item) for item in settings]
+    if not is_dataclass(settings):
+        return settings
+    usual = type(settings)()
+    pairs = ((item.name, getattr(settings, item.name), getattr(usual, item.name)) for item in fields(settings))
+    return {name: _unusual(value) for name, value, default in pairs if value != default}
+
+
 def training_key(config: PretrainConfig) -> str:
     """Hexadecimal digest of all that training depends on: the settings and the table's content."""
     writing = RunConfig()
     run = replace(config.run, output="", log_every=writing.log_every, checkpoint_every=writing.checkpoint_every)
     table = Path(config.data.table)
     parts = [
-        to_yaml(replace(config, evaluation=EvaluationConfig(), run=run)),
+        json.dumps(_unusual(replace(config, evaluation=EvaluationConfig(), run=run)), sort_keys=True),
         file_fingerprint(table) if table.is_file() else "",
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
