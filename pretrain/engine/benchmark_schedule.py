@@ -13,11 +13,11 @@ import torch
 
 from pretrain.config import PhaseConfig, PretrainConfig
 from pretrain.engine.benchmark_train import alternate, random_batch, table_header, table_line, wait_for
-from pretrain.engine.cost import BASELINE_IMAGE_SIZE, describe_towers, main_phases, phase_cost
+from pretrain.engine.cost import BASELINE_IMAGE_SIZE, PhaseCost, Towers, describe_towers, main_phases, phase_cost
 from pretrain.engine.device import Device
 from pretrain.engine.step import TrainStep
 from pretrain.modeling.clip import build_model
-from pretrain.objectives import build_objective
+from pretrain.objectives import build_objective, passes_of
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,13 @@ def compare_schedules(
     flops = []
     for jobs in (own, other):
         towers = describe_towers(jobs[0][0].model)
-        flops.append(sum(phase_cost(phase, towers).training_flops for _, phase in jobs))
+        flops.append(sum(_cost(config, phase, towers).training_flops for config, phase in jobs))
     times = [PhaseTime(phase, step) for (_, phase), step in zip(own + other, timer(own + other), strict=True)]
     return ScheduleTimes(times[: len(own)], times[len(own) :], flops[1] / flops[0])
+
+
+def _cost(config: PretrainConfig, phase: PhaseConfig, towers: Towers) -> PhaseCost:
+    return phase_cost(phase, towers, passes=passes_of(config, phase))
 
 
 def time_phases(
@@ -108,8 +112,8 @@ def time_phases(
         ConfigError: for settings that cannot be used.
     """
     keys, steps, works = [], {}, {}
-    costs = [phase_cost(phase, describe_towers(config.model)) for config, phase in jobs]
-    per_pair = [cost.image_forward_flops + cost.text_forward_flops for cost in costs]
+    costs = [_cost(config, phase, describe_towers(config.model)) for config, phase in jobs]
+    per_pair = [cost.training_flops / cost.samples for cost in costs]
     for (config, phase), flops in zip(jobs, per_pair, strict=True):
         shape = PhaseConfig(
             steps=1, image_size=phase.image_size, context_length=phase.context_length, lr=1e-6, warmup_steps=0,

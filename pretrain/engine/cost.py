@@ -13,6 +13,8 @@ from torch import nn
 
 from pretrain.config import ConfigError, ModelConfig, PhaseConfig, PretrainConfig
 from pretrain.modeling.clip import open_clip_config
+from pretrain.objectives import passes_of
+from pretrain.objectives.base import Passes
 
 TRAINING_PASSES = 3  # a backward pass costs two forward passes
 BASELINE_IMAGE_SIZE = 224  # pixels; the full resolution that RECLIP compares with
@@ -159,8 +161,8 @@ class PhaseCost:
     Attributes:
         image_tokens: sequence length in the image tower, prefix tokens included, dropped ones not.
         text_tokens: sequence length in the text tower.
-        training_flops: both towers, forward and backward.
-        recompute_flops: the second forward pass of accumulation with cached embeddings; 0 without accumulation.
+        training_flops: both towers, forward and backward, all passes of the objective.
+        recompute_flops: the second encoding of accumulation with cached embeddings; 0 without accumulation.
         loss_flops: the matrix of similarities, forward and backward.
         samples: image–text pairs seen.
     """
@@ -178,22 +180,31 @@ class PhaseCost:
     recompute_flops: int
     loss_flops: int
     samples: int
+    teacher_flops: int = 0  # forward passes of a teacher beside the trained towers
 
     @property
     def device_flops(self) -> int:
         """Everything that devices compute."""
-        return self.training_flops + self.recompute_flops + self.loss_flops
+        return self.training_flops + self.recompute_flops + self.loss_flops + self.teacher_flops
 
 
-def phase_cost(phase: PhaseConfig, towers: Towers, devices: int = 1) -> PhaseCost:
+def phase_cost(phase: PhaseConfig, towers: Towers, devices: int = 1, passes: Passes | None = None) -> PhaseCost:
     """Tokens, FLOPs and samples of a phase whose batch `devices` share.
+
+    Args:
+        passes: how often the phase's objective runs the towers (`objectives.passes_of`); None: each of them once.
 
     Raises:
         ConfigError: if the towers cannot take the phase's image size or kept tokens, or the batch cannot be shared.
     """
-    tokens = towers.image.image_tokens(phase)
-    image = towers.image.forward_flops(tokens, towers.image.patches(phase.image_size))
+    passes, patches = passes or Passes(), towers.image.patches(phase.image_size)
+    whole = towers.image.image_tokens(phase)
+    tokens = whole - round(passes.dropped * (whole - towers.image.prefix_tokens))
+    image = towers.image.forward_flops(tokens, patches)
     text = towers.text.forward_flops(phase.context_length)
+    pair = passes.images * image + passes.texts * text
+    teacher = passes.teacher_images * towers.image.forward_flops(patches + towers.image.prefix_tokens, patches)
+    teacher += passes.teacher_texts * text
     samples = phase.steps * phase.batch_size
     local = local_batch(phase, devices)
     in_pieces = 0 < phase.micro_batch_size < local
@@ -207,11 +218,12 @@ def phase_cost(phase: PhaseConfig, towers: Towers, devices: int = 1) -> PhaseCos
         text_tokens=phase.context_length,
         image_forward_flops=image,
         text_forward_flops=text,
-        training_flops=TRAINING_PASSES * samples * (image + text),
-        recompute_flops=samples * (image + text) if in_pieces else 0,
+        training_flops=TRAINING_PASSES * samples * pair,
+        recompute_flops=samples * (pair + teacher) if in_pieces else 0,
         # One B x B matrix of D-long products a step, and its two gradients.
         loss_flops=TRAINING_PASSES * phase.steps * 2 * phase.batch_size**2 * towers.embed_dim,
         samples=samples,
+        teacher_flops=samples * teacher,
     )
 
 
@@ -294,9 +306,12 @@ def make_plan(
         full_towers, size, length = describe_towers(baseline.model), longest.image_size, longest.context_length
     size, length = baseline_image_size or size, baseline_context_length or length
     full = {"image_size": size, "context_length": length, "token_dropping": "none", "keep_tokens": 0}
-    main = [phase_cost(replace(phase, **full), full_towers, devices) for phase in main_phases(config.phases, size)]
+    main = [
+        phase_cost(replace(phase, **full), full_towers, devices, passes_of(config, phase))
+        for phase in main_phases(config.phases, size)
+    ]
     return Plan(
-        phases=[phase_cost(phase, towers, devices) for phase in config.phases],
+        phases=[phase_cost(phase, towers, devices, passes_of(config, phase)) for phase in config.phases],
         baseline=Baseline(
             image_size=size,
             context_length=length,

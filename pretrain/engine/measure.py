@@ -8,12 +8,12 @@ import torch
 
 from pretrain.config import PhaseConfig, PretrainConfig
 from pretrain.engine.benchmark_train import random_batch
-from pretrain.engine.cost import TRAINING_PASSES, Towers, phase_cost
+from pretrain.engine.cost import Towers, phase_cost
 from pretrain.engine.device import Device
 from pretrain.engine.memory import largest_micro_batch
 from pretrain.engine.step import TrainStep
 from pretrain.modeling.clip import build_model
-from pretrain.objectives import build_objective
+from pretrain.objectives import build_objective, passes_of
 
 _CPU_BATCH = 32  # pairs at most: a processor gains nothing from more
 
@@ -80,8 +80,8 @@ def measure_phase(
             _wait(objective)
     _wait(objective)
     rate = batch * done / (time.perf_counter() - started)
-    cost = phase_cost(phase, towers)
-    flops = TRAINING_PASSES * (cost.image_forward_flops + cost.text_forward_flops)
+    cost = phase_cost(phase, towers, passes=passes_of(config, phase))
+    flops = (cost.training_flops + cost.teacher_flops) / cost.samples
     return Speed(batch, done, rate, rate * flops, device.describe())
 
 

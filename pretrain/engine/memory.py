@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from pretrain.config import OptimConfig, PhaseConfig, PretrainConfig
-from pretrain.engine.cost import Tower, Towers, local_batch
+from pretrain.engine.cost import Tower, Towers, local_batch, phase_cost
 from pretrain.engine.device import Device
 from pretrain.engine.optim import build_optimizer
+from pretrain.objectives import passes_of
 
 FLOAT = 4  # bytes
 # Of the similarities that exist at once: their logarithmic softmax in both directions, and the gradients of those.
@@ -26,7 +27,7 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-        parameters: float32.
+        parameters: float32; a teacher's too.
         gradients: float32.
         optimizer: its state.
         weight_copies: the bfloat16 weights that autocast keeps during a step.
@@ -128,9 +129,10 @@ def phase_memory(
     local = local_batch(phase, devices)
     piece = min(phase.micro_batch_size or local, local)
     rows = min(config.objective.options.get("chunk_size", 0) or local, local)
-    tokens, patches = towers.image.image_tokens(phase), towers.image.patches(phase.image_size)
-    saved = activation_bytes(towers.image, tokens, patches, bf16)
-    saved += activation_bytes(towers.text, phase.context_length, 0, bf16)
+    passes, patches = passes_of(config, phase), towers.image.patches(phase.image_size)
+    tokens = phase_cost(phase, towers, devices, passes).image_tokens
+    saved = passes.images * activation_bytes(towers.image, tokens, patches, bf16)
+    saved += passes.texts * activation_bytes(towers.text, phase.context_length, 0, bf16)
     image_work = working_bytes(towers.image, tokens, bf16)
     text_work = working_bytes(towers.text, phase.context_length, bf16)
     count = sum(p.numel() for p in towers.module.parameters())
@@ -142,15 +144,15 @@ def phase_memory(
     parts = devices if config.run.parallel == "fsdp" else 1
     state = optimizer_bytes(towers.module, config.optim_of(phase)) if optimizer_state is None else optimizer_state
     return Memory(
-        parameters=FLOAT * count // parts,
+        parameters=FLOAT * count * (2 if passes.teacher_images else 1) // parts,
         gradients=FLOAT * count // parts,
         optimizer=state // parts,
         weight_copies=2 * multiplied // parts if bf16 else 0,
         activations=piece * saved,
         working=piece * max(image_work, text_work),
-        embeddings=2 * 2 * phase.batch_size * towers.embed_dim * FLOAT,
+        embeddings=2 * (passes.images + passes.texts) * phase.batch_size * towers.embed_dim * FLOAT,
         loss=LOSS_COPIES * rows * phase.batch_size * FLOAT,
-        batch=piece * (3 * phase.image_size**2 + 8 * phase.context_length),
+        batch=piece * (passes.images * 3 * phase.image_size**2 + passes.texts * 8 * phase.context_length),
     )
 
 

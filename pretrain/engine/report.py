@@ -53,6 +53,7 @@ def make_report(
         "phases": phases,
         "samples": sum(cost.samples for cost in plan.phases),
         "training_flops": plan.training_flops,
+        "teacher_flops": sum(cost.teacher_flops for cost in plan.phases),
         "recompute_flops": sum(cost.recompute_flops for cost in plan.phases),
         "loss_flops": sum(cost.loss_flops for cost in plan.phases),
         "baseline": asdict(plan.baseline),
@@ -108,6 +109,8 @@ def format_report(report: dict) -> str:
         f"training, both towers     {report['training_flops'] / size:,.4g} {unit}, {_count(report['samples'])} pairs"
     )
     lines.append(f"  similarity matrices     {report['loss_flops'] / size:,.4g} {unit} more")
+    if report["teacher_flops"]:
+        lines.append(f"  the teacher's passes    {report['teacher_flops'] / size:,.4g} {unit} more (as large a tower)")
     if report["recompute_flops"]:
         lines.append(f"  second forward pass     {report['recompute_flops'] / size:,.4g} {unit} more (micro batches)")
     lines.append(

@@ -34,6 +34,7 @@ from pretrain.engine.run_folder import describe_environment, file_fingerprint, g
 from pretrain.engine.study_judging import further_measures, zero_shot
 from pretrain.engine.train import Trainer
 from pretrain.modeling.checkpoint import CONFIG_FILE
+from pretrain.objectives import passes_of
 
 RESULT_FILE = "result.json"
 
@@ -301,9 +302,10 @@ def train_seconds(folder: Path) -> float:
 
 
 def training_flops(config: PretrainConfig) -> int:
-    """Of both towers over all phases."""
+    """Of both towers over all phases, a teacher's forward passes included."""
     towers = describe_towers(config.model)
-    return sum(phase_cost(phase, towers).training_flops for phase in config.phases)
+    costs = [phase_cost(phase, towers, passes=passes_of(config, phase)) for phase in config.phases]
+    return sum(cost.training_flops + cost.teacher_flops for cost in costs)
 
 
 def describe_machine() -> str:

@@ -1,9 +1,11 @@
 """Pretraining objectives by name."""
 
+from typing import Any
+
 from open_clip import CustomTextCLIP
 
 from pretrain.config import ConfigError, PhaseConfig, PretrainConfig, options_from_dict
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Objective, Passes
 from pretrain.objectives.clip_rocket import ClipRocket, ClipRocketOptions
 from pretrain.objectives.distillation import Distillation, DistillationOptions
 from pretrain.objectives.focal import FocalContrastive, FocalOptions
@@ -31,8 +33,23 @@ def build_objective(config: PretrainConfig, model: CustomTextCLIP, phase: PhaseC
     Raises:
         ConfigError: for an unknown name, or an option that this objective does not have.
     """
+    objective, options = _chosen(config, phase)
+    return objective(model, config.model, options)
+
+
+def passes_of(config: PretrainConfig, phase: PhaseConfig | None = None) -> Passes:
+    """How often the objective of `phase` (None: the run's) runs towers over a pair; nothing is built.
+
+    Raises:
+        ConfigError: as `build_objective`.
+    """
+    objective, options = _chosen(config, phase)
+    return objective.passes(options)
+
+
+def _chosen(config: PretrainConfig, phase: PhaseConfig | None) -> tuple[type[Objective], Any]:
     chosen = config.objective_of(phase) if phase else config.objective
     if chosen.name not in OBJECTIVES:
         raise ConfigError(f"objective.name is {chosen.name!r}: one of {', '.join(OBJECTIVES)}")
     objective, options = OBJECTIVES[chosen.name]
-    return objective(model, config.model, options_from_dict(options, chosen.options, "objective.options"))
+    return objective, options_from_dict(options, chosen.options, "objective.options")

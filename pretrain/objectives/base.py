@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from open_clip import CustomTextCLIP
@@ -11,6 +12,25 @@ from torch import nn
 
 from pretrain.config import DataConfig, PhaseConfig
 from pretrain.data.views import Views, plain_views
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often an objective runs towers over one pair in a step: what a plan of its cost needs to know.
+
+    Attributes:
+        images: passes through the image tower that are trained.
+        texts: passes through the text tower that are trained.
+        teacher_images: forward passes through a teacher's image tower, taken to be as large as the student's.
+        teacher_texts: the same for texts.
+        dropped: share of the patches that a trained pass does not see, besides those that the phase drops.
+    """
+
+    images: int = 1
+    texts: int = 1
+    teacher_images: int = 0
+    teacher_texts: int = 0
+    dropped: float = 0.0
 
 
 class Objective(nn.Module, ABC):
@@ -33,6 +53,11 @@ class Objective(nn.Module, ABC):
     def views(self, data: DataConfig, phase: PhaseConfig, backgrounds: Sequence[Image.Image]) -> Views:
         """What the loader makes of every pair."""
         return plain_views(data, phase, backgrounds)
+
+    @classmethod
+    def passes(cls, options: Any) -> Passes:
+        """What a step costs with these options; one pass through each tower unless a subclass says otherwise."""
+        return Passes()
 
     def encoders(self) -> dict[str, nn.Module]:
         """What zero-shot evaluation judges, by name; "" is the model itself. Each has open_clip's `encode_image`,

@@ -38,7 +38,7 @@ from pretrain.modeling.tower_features import (
     project_text,
     text_features,
 )
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Objective, Passes
 from pretrain.objectives.clip_rocket_terms import TERMS, TermSizes, ViewFeatures, build_term
 
 _ACCURACY_PAIRS = 1024  # as in `info_nce`: a metric must not cost the memory that a chunked loss saves
@@ -92,6 +92,13 @@ class ClipRocket(Objective):
             self.augmented_logit_scale = nn.Parameter(torch.tensor(-math.log(self.options.augmented_temperature)))
         self.terms = nn.ModuleDict({n: build_term(n, model, widths, self.options.sizes) for n in self.options.terms})
         self.register_buffer("_resampling", None, persistent=False)
+
+    @classmethod
+    def passes(cls, options: ClipRocketOptions) -> Passes:
+        """Every view; BYOLIP's momentum encoder sees them too. Augmented views of another size are counted as whole."""
+        views = 1 + options.num_augmented
+        slow = views if "byolip" in options.terms else 0
+        return Passes(images=views, texts=views, teacher_images=slow, teacher_texts=slow)
 
     def views(self, data: DataConfig, phase: PhaseConfig, backgrounds: Sequence[Image.Image]) -> Views:
         """One weak view of image and text, n strong ones of each."""

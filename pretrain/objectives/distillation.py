@@ -22,6 +22,7 @@ from pretrain.losses.gather import gather_features
 from pretrain.losses.soft_targets import soft_contrastive
 from pretrain.modeling.clip import set_context_length, set_image_size
 from pretrain.modeling.ema import MovingAverage
+from pretrain.objectives.base import Passes
 from pretrain.objectives.info_nce import InfoNCE
 
 _MAX_LOG_SCALE = math.log(100)  # of the distillation scale, as in CLIP and in OTTER's code
@@ -54,6 +55,11 @@ class Distillation(InfoNCE):
         self._check_options()
         self.teacher = MovingAverage(model, self.options.ema_decay)
         self.distillation_logit_scale = nn.Parameter(model.logit_scale.detach().clone())
+
+    @classmethod
+    def passes(cls, options: DistillationOptions) -> Passes:
+        """The teacher encodes the pair too."""
+        return Passes(teacher_images=1, teacher_texts=1)
 
     def _default_options(self) -> DistillationOptions:
         return DistillationOptions()

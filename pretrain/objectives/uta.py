@@ -12,7 +12,7 @@ that one, frozen. No captions are read. Contrastive fine-tuning is a further pha
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from open_clip import CustomTextCLIP
@@ -26,7 +26,7 @@ from pretrain.modeling.clip import set_context_length, set_image_size
 from pretrain.modeling.frozen_teacher import check_grids, load_teacher
 from pretrain.modeling.image_tower import encode_image_and_patches
 from pretrain.modeling.masking import keep_reversed_blocks
-from pretrain.objectives.base import Objective
+from pretrain.objectives.base import Objective, Passes
 
 
 @dataclass
@@ -47,6 +47,11 @@ class TeacherAlignment(Objective):
         super().__init__()
         self.teacher = load_teacher(teacher, model, config)
         self.model = model
+
+    @classmethod
+    def passes(cls, options: "UTAOptions") -> Passes:
+        """Images only, by student and teacher."""
+        return Passes(texts=0, teacher_images=1)
 
     def views(self, data: DataConfig, phase: PhaseConfig, backgrounds: Sequence[Image.Image]) -> Views:
         """Images only."""
@@ -84,6 +89,11 @@ class UTA(TeacherAlignment):
         if not 0 <= self.options.mask_ratio < 1:
             raise ConfigError(f"objective.options.mask_ratio is {self.options.mask_ratio}: at least 0, below 1")
         super().__init__(model, config, self.options.teacher)
+
+    @classmethod
+    def passes(cls, options: UTAOptions) -> Passes:
+        """The student does not see what is masked."""
+        return replace(super().passes(options), dropped=options.mask_ratio)
 
     def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Per image: the mean negative cosine "alignment", and two metrics, (B,) each."""

@@ -13,18 +13,22 @@ from pretrain.config import (
     ConfigError,
     ImageTowerConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     PhaseConfig,
     PretrainConfig,
     RunConfig,
     TextTowerConfig,
 )
+from pretrain.engine.benchmark_train import random_batch
 from pretrain.engine.cost import describe_towers, make_plan, phase_cost, tower_flops
 from pretrain.engine.device import Device
 from pretrain.engine.measure import measure_phase
 from pretrain.engine.memory import activation_bytes, largest_micro_batch, optimizer_bytes, phase_memory
 from pretrain.engine.optim import build_optimizer
+from pretrain.modeling.checkpoint import save_checkpoint
 from pretrain.modeling.clip import build_model, set_context_length, set_image_size
+from pretrain.objectives import build_objective, passes_of
 
 SIZES = (64, 80, 96, 112, 128, 160, 224, 448)
 # GFLOP of one image, as computed from the paper's formulas elsewhere.
@@ -140,6 +144,38 @@ def test_pytorch_counts_the_same_backward_within_one_percent():
         model.visual(images).sum().backward()
     cost = phase_cost(PhaseConfig("x", 1, 64, 12, 1), describe_towers(SMALL))
     assert 3 * 2 * cost.image_forward_flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("info_nce", {}, (1, 1, 0, 0)),
+        ("distillation", {}, (1, 1, 1, 1)),
+        ("otter", {}, (1, 1, 1, 1)),
+        ("clip_rocket", {}, (3, 3, 0, 0)),
+        ("clip_rocket", {"num_augmented": 1, "terms": {"byolip": 1.0}}, (2, 2, 2, 2)),
+        ("uta", {"mask_ratio": 0.5}, (1, 0, 1, 0)),
+        ("masked_features", {"mask_ratio": 0.5}, (1, 0, 1, 0)),
+    ],
+)
+def test_pytorch_counts_the_passes_of_every_objective_within_two_percent(tmp_path, name, options, expected):
+    options = dict(options)
+    if name in ("uta", "masked_features"):
+        options["teacher"] = str(save_checkpoint(tmp_path, build_model(REGISTER), REGISTER))
+    config = PretrainConfig(model=REGISTER, objective=ObjectiveConfig(name, options))
+    phase = PhaseConfig("x", 1, 64, 12, 2)
+    passes = passes_of(config, phase)
+    assert (passes.images, passes.texts, passes.teacher_images, passes.teacher_texts) == expected
+    objective = build_objective(config, build_model(REGISTER))
+    objective.enter_phase(phase)
+    batch = random_batch(objective, config, phase, 0)
+    cost = phase_cost(phase, describe_towers(REGISTER), passes=passes)
+    forward = cost.training_flops / 3 + cost.teacher_flops
+    assert forward == pytest.approx(counted(objective.encode, batch), rel=0.02)
+    plain = phase_memory(phase, describe_towers(REGISTER), PretrainConfig(model=REGISTER))
+    memory = phase_memory(phase, describe_towers(REGISTER), config)
+    assert memory.parameters == plain.parameters * (2 if expected[2] else 1)
+    assert (memory.activations > 1.9 * plain.activations) == (expected[0] > 1)
 
 
 def test_dropped_tokens_pass_no_block_but_all_patches_are_embedded():
