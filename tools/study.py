@@ -34,14 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     failed = 0
     try:
+        if options.time:
+            time_study(load_study(options.study, timed=False))
         study = load_study(options.study)
         jobs = choose(study, options.only)
         if options.list:
             for job in jobs:
                 print(f"{progress(job):8} {job.title:32} {job.folder}")
             return 0
-        if options.time:
-            time_study(study)
         for number, job in enumerate([] if options.report or options.time else jobs, start=1):
             if progress(job) == "done":
                 continue

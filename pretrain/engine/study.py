@@ -30,6 +30,7 @@ from pretrain.config import (
 )
 from pretrain.engine.checkpoint import STATE_FILE
 from pretrain.engine.cost import describe_towers, phase_cost
+from pretrain.engine.equal_time import Timing, stored_timing, with_equal_time
 from pretrain.engine.run_folder import describe_environment, file_fingerprint, git_revision
 from pretrain.engine.study_judging import further_measures, zero_shot
 from pretrain.engine.train import Trainer
@@ -65,6 +66,9 @@ class StudyConfig:
     split: str = "test"  # the one that differences, aim and plot are about
     baseline: str = "baseline"  # the run that the others are compared with
     further: bool = False  # also hit@K, retrieval and, with data.withhold, unseen concepts
+    # Seconds of training that every run gets: steps and warm-ups of its phases are multiplied by one factor, from what
+    # a step takes as measured once before (`--time`); 0: the steps as they are.
+    seconds: float = 0.0
     aim_points: float = 1.0  # may be this many points of top-1 below the baseline …
     aim_ratio: float = 6.0  # … in this many times less training time
     output: str = "runs/study"  # run folders
@@ -129,8 +133,11 @@ class Study:
     jobs: list[Job]
 
 
-def load_study(path: str | Path) -> Study:
+def load_study(path: str | Path, timed: bool = True) -> Study:
     """Read a study file and the configuration of each of its runs.
+
+    Args:
+        timed: False: as written, not yet at equal times, to measure what those depend on.
 
     Raises:
         ConfigError: for a missing file, an unknown field, a name given twice, or a run that cannot be configured.
@@ -145,13 +152,16 @@ def load_study(path: str | Path) -> Study:
         raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     study: StudyConfig = options_from_dict(StudyConfig, node, "study")
     _check(study)
+    timing = stored_timing(study.output) if study.seconds and timed else None
     jobs: list[Job] = []
     for place in range(max(len(spec.seeds or study.seeds) for spec in study.runs)):
         for spec in study.runs:
             seeds = spec.seeds or study.seeds
             if place < len(seeds):
                 before = {job.spec.name: job.folder / "checkpoint" for job in jobs if job.seed == seeds[place]}
-                jobs.append(_make_job(study, spec, seeds[place], before))
+                jobs.append(_make_job(study, spec, seeds[place], before, timing))
+    if study.seconds and timed and timing is None:
+        raise ConfigError(f"study.seconds needs the time of a step: run this study with --time first ({study.output})")
     return Study(path, study, jobs)
 
 
@@ -179,7 +189,7 @@ def _resolved(value: Any, before: dict[str, Path]) -> Any:
     return str(before[value[1:]])
 
 
-def _make_job(study: StudyConfig, spec: RunSpec, seed: int, before: dict[str, Path]) -> Job:
+def _make_job(study: StudyConfig, spec: RunSpec, seed: int, before: dict[str, Path], timing: Timing | None) -> Job:
     """Load a run's configuration and give it its folder."""
     try:
         overrides = [f"{key}={json.dumps(_resolved(value, before))}" for key, value in spec.overrides.items()]
@@ -190,6 +200,11 @@ def _make_job(study: StudyConfig, spec: RunSpec, seed: int, before: dict[str, Pa
         raise ConfigError(
             f"run {spec.name}: study.split {study.split!r} is not among evaluation.splits {config.evaluation.splits}"
         )
+    if timing:
+        try:
+            config = with_equal_time(config, timing.seconds, study.seconds)
+        except KeyError as error:
+            raise ConfigError(f"run {spec.name}: a phase has not been timed; run the study with --time") from error
     folder = Path(study.output) / f"{spec.name}-seed{seed}-{training_key(config)[:8]}"
     config = replace(config, run=replace(config.run, output=str(folder)))
     sizes = tuple(dict.fromkeys([study.image_size, *spec.also_at]))

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pretrain.atomic import replacing, write_atomically
 from pretrain.config import ConfigError
+from pretrain.engine.equal_time import training_seconds
 from pretrain.engine.study import Result, RunSpec, Study, StudyConfig, read_result
-from pretrain.engine.study_timing import read_timing, timed_seconds
+from pretrain.engine.study_timing import read_timing
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def collect(study: Study) -> dict[str, dict[int, Result]]:
         result = read_result(job)
         if result:
             # One way to measure for all: of phases timed on a quiet machine, or of the runs as they happened.
-            seconds = timed_seconds(job, timing) if timing else result.train_seconds
+            seconds = training_seconds(job.config, timing.seconds) if timing else result.train_seconds
             found[job.spec.name][job.seed] = replace(result, train_seconds=seconds)
     return found
 

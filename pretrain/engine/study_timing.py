@@ -5,55 +5,28 @@ cheap training is about. So every distinct phase is timed by itself: a few steps
 phases in turn and several times over, medians kept. A run's training time is then the sum of its steps.
 """
 
-import hashlib
 import json
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pretrain.atomic import write_atomically
-from pretrain.config import PhaseConfig, PretrainConfig
+from pretrain.config import ConfigError, PhaseConfig, PretrainConfig
 from pretrain.data.loader import build_loader
 from pretrain.data.pairs import Pairs, load_pairs
 from pretrain.engine.device import Device
+from pretrain.engine.equal_time import TIMING_FILE, Timing, phase_key, stored_timing
 from pretrain.engine.run_folder import git_revision
 from pretrain.engine.step import TrainStep
-from pretrain.engine.study import Job, Study, describe_machine
+from pretrain.engine.study import Study, describe_machine
 from pretrain.modeling.clip import build_model
 from pretrain.objectives import build_objective
 
-TIMING_FILE = "timing.json"
 _WARM_UP = 3  # steps: the first ones allocate, and the loader fills its queue
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a step of every distinct phase, and how they were measured.
-
-    Attributes:
-        seconds: median by phase key.
-        spread: lowest and highest by phase key.
-    """
-
-    seconds: dict[str, float]
-    spread: dict[str, tuple[float, float]]
-    date: str
-    machine: str
-    git_revision: str
-    load_before: float  # load average over a minute when the measurement began
-
-
-def phase_key(config: PretrainConfig, phase: PhaseConfig) -> str:
-    """Digest of what the time of a step depends on: not on how many there are, nor on the learning rate."""
-    plain = PhaseConfig()
-    same = ("name", "steps", "lr", "warmup_steps", "schedule", "final_lr")
-    phase = replace(phase, **{name: getattr(plain, name) for name in same})
-    parts = (config.model, config.data, config.objective, config.optim, phase, config.run.precision, config.run.compile)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def distinct_phases(study: Study) -> dict[str, tuple[PretrainConfig, PhaseConfig]]:
@@ -67,7 +40,15 @@ def time_study(study: Study, repeats: int = 3, steps: int = 8) -> Timing:
     Args:
         repeats: measurements of each phase, alternating with all the others'.
         steps: timed steps of a measurement.
+
+    Raises:
+        ConfigError: for a study of equal times that has been timed.
     """
+    if study.config.seconds and read_timing(study):
+        raise ConfigError(
+            f"the study is already timed, and the runs' steps depend on it: delete "
+            f"{Path(study.config.output) / TIMING_FILE} to start it afresh"
+        )
     phases, load_before = distinct_phases(study), os.getloadavg()[0]
     pairs: dict[str, Pairs] = {}
     found: dict[str, list[float]] = {key: [] for key in phases}
@@ -111,13 +92,5 @@ def _seconds_per_step(config: PretrainConfig, phase: PhaseConfig, data: Pairs, s
 
 def read_timing(study: Study) -> Timing | None:
     """The kept measurement, if it has every phase of the study as it is now."""
-    try:
-        timing = Timing(**json.loads((Path(study.config.output) / TIMING_FILE).read_text()))
-    except (OSError, json.JSONDecodeError, TypeError):
-        return None
-    return timing if distinct_phases(study).keys() <= timing.seconds.keys() else None
-
-
-def timed_seconds(job: Job, timing: Timing) -> float:
-    """Training time of a job: its steps at the measured seconds."""
-    return sum(phase.steps * timing.seconds[phase_key(job.config, phase)] for phase in job.config.phases)
+    timing = stored_timing(study.config.output)
+    return timing if timing and distinct_phases(study).keys() <= timing.seconds.keys() else None

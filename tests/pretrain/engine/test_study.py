@@ -18,9 +18,10 @@ from pretrain.atomic import write_atomically
 from pretrain.config import ConfigError, to_yaml
 from pretrain.engine import study as study_module
 from pretrain.engine.cost import describe_towers, phase_cost
+from pretrain.engine.equal_time import TIMING_FILE, Timing
 from pretrain.engine.study import Result, RunSpec, Study, StudyConfig, choose, load_study, progress, read_result
 from pretrain.engine.study_report import Spread, collect, format_report, make_rows, missing, verdict, write_report
-from pretrain.engine.study_timing import TIMING_FILE, Timing, distinct_phases, read_timing, time_study
+from pretrain.engine.study_timing import distinct_phases, read_timing, time_study
 from pretrain.engine.train import Trainer
 from pretrain.modeling.checkpoint import WEIGHTS_FILE
 
@@ -379,6 +380,27 @@ def test_times_come_from_the_timing_of_phases_where_there_is_one(make_study):
     assert read_timing(changed) is None  # a phase that was never timed: as the runs went
 
 
+def test_runs_of_equal_time_have_their_steps_from_the_timing(make_study):
+    with pytest.raises(ConfigError, match="study.seconds needs the time of a step: run this study with --time first"):
+        make_study(seconds=60)
+    plain = make_study()
+    per_step = {key: phase.image_size / 64 for key, (_, phase) in distinct_phases(plain).items()}
+    timing = Timing(per_step, {}, "today", "here", "code", 0.1)
+    write_atomically(Path(plain.config.output) / TIMING_FILE, json.dumps(asdict(timing)))
+    study = make_study(seconds=70)
+    steps = {job.spec.name: [p.steps for p in job.config.phases] for job in study.jobs}
+    # At 64 px a step takes a second, at 32 px half of one: "two" has 3 and 2 steps as written, 3.5 s, and gets 20 times
+    # as many.
+    assert steps == {"baseline": [70], "two": [60, 40], "one": [140]}
+    written, scaled = plain.jobs[1].config.phases[0], study.jobs[1].config.phases[0]
+    assert scaled.warmup_steps == 20 * written.warmup_steps
+    assert job_of(study, "two").folder != job_of(plain, "two").folder
+    with pytest.raises(ConfigError, match="is already timed, and the runs' steps depend on it: delete"):
+        time_study(study)
+    with pytest.raises(ConfigError, match="run baseline: a phase has not been timed"):
+        make_study(seconds=70, runs=[{"name": "baseline", "overrides": {"phases": [{**SMALL, "image_size": 96}]}}])
+
+
 def test_timing_measures_steps_of_the_real_loop(make_study):
     study = make_study(seeds=[0])
     timing = time_study(study, repeats=2, steps=1)
@@ -445,7 +467,7 @@ def test_a_run_that_diverges_does_not_stop_the_others(make_study, main, tmp_path
 @pytest.mark.parametrize("path", CHECKED_IN, ids=lambda path: path.name)
 def test_a_checked_in_study_compares_what_it_says(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    study = load_study(path)
+    study = load_study(path, timed=False)
     assert f"tools/study.py --study configs/studies/{path.name}" in path.read_text()
     jobs = {job.spec.name: job for job in study.jobs if job.seed == 0}
     full = jobs[study.config.baseline].config
@@ -455,8 +477,14 @@ def test_a_checked_in_study_compares_what_it_says(path, monkeypatch):
     for name, job in jobs.items():
         assert job.config.optim == full.optim and job.config.data == full.data, name
         assert job.config.phases[0].batch_size == full.phases[0].batch_size
+        if study.config.seconds:  # equal time instead, from what a step takes
+            continue
         main = [phase for phase in job.config.phases if not phase.name.startswith("finetune")]
-        assert sum(phase.steps for phase in main) == full.phases[0].steps, f"{name}: equal epochs"
+        if name in ("ladder", "short_baseline"):
+            cost, whole = study_module.training_flops(job.config), study_module.training_flops(full)
+            assert 5 < whole / cost < 9, f"{name}: a sixth of the time"
+        else:
+            assert sum(phase.steps for phase in main) == full.phases[0].steps, f"{name}: equal epochs"
         if main[0].token_dropping != "none":
             assert towers.image.image_tokens(main[0]) == towers.image.image_tokens(jobs["reclip"].config.phases[0]), (
                 name
