@@ -64,7 +64,8 @@ class AugmentationConfig:
     """How a training image is made. Cut-outs (with alpha) are placed on a background; photographs are cropped."""
 
     flip: bool = True
-    cutout_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # long side of the drawing / image side
+    # Long side of the drawing / image side; above 1 the image shows a part of the drawing.
+    cutout_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])
     rotation: float = 15.0  # degrees either way, cut-outs only
     crop_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # area kept, photographs only
     colour: float = 0.4  # strength of brightness, contrast and saturation changes
@@ -130,6 +131,7 @@ class PhaseConfig:
     token_dropping: str = "none"  # which image tokens are dropped: none, random (FLIP), block or grid
     keep_tokens: int = 0  # image tokens kept when some are dropped
     cropped_positions: bool = False  # RO-ViT's cropped position embedding
+    augmentation: AugmentationConfig | None = None  # None: data.augmentation
     objective: ObjectiveConfig | None = None  # None: the run's
     optim: OptimConfig | None = None  # None: the run's
 

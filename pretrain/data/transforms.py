@@ -70,7 +70,7 @@ class TrainingView:
         scale = rng.uniform(*config.cutout_scale) * size / max(cutout.size)
         angle = math.radians(rng.uniform(-config.rotation, config.rotation))
         flip = -1 if config.flip and rng.random() < 0.5 else 1
-        slack = max(0.0, size - scale * max(cutout.size)) / 2
+        slack = abs(size - scale * max(cutout.size)) / 2  # of a drawing larger than the image, the view moves over it
         centre_x, centre_y = size / 2 + rng.uniform(-slack, slack), size / 2 + rng.uniform(-slack, slack)
         # Anti-aliasing first, by whole-image reduction; the affine step then never shrinks by more than a little.
         fitted = cutout.resize([max(1, round(side * scale)) for side in cutout.size], Image.Resampling.BILINEAR)

@@ -43,6 +43,6 @@ class Views:
 def plain_views(data: DataConfig, phase: PhaseConfig, backgrounds: Sequence[Image.Image] = ()) -> Views:
     """One augmented "image" at the phase's size, and the "tokens" of one caption."""
     return Views(
-        {"image": TrainingView(phase.image_size, data.augmentation, backgrounds)},
+        {"image": TrainingView(phase.image_size, phase.augmentation or data.augmentation, backgrounds)},
         {"tokens": partial(training_caption, config=data.caption)},
     )

@@ -104,7 +104,8 @@ class ClipRocket(Objective):
         """One weak view of image and text, n strong ones of each."""
         options = self.options
         size = options.augmented_image_size or phase.image_size
-        images = {"image": StrengthView(phase.image_size, options.weak, data.augmentation, backgrounds)}
+        augmentation = phase.augmentation or data.augmentation
+        images = {"image": StrengthView(phase.image_size, options.weak, augmentation, backgrounds)}
         captions = {"tokens": TextView(options.text, False, data.caption)}
         for k in range(1, options.num_augmented + 1):
             strength = options.strong
@@ -112,7 +113,7 @@ class ClipRocket(Objective):
                 strength = replace(strength, blur_probability=1.0, solarize_probability=0.0)
             elif options.asymmetric:
                 strength = replace(strength, blur_probability=0.1, solarize_probability=0.2)
-            images[f"augmented_image_{k}"] = StrengthView(size, strength, data.augmentation, backgrounds)
+            images[f"augmented_image_{k}"] = StrengthView(size, strength, augmentation, backgrounds)
             captions[f"augmented_tokens_{k}"] = TextView(options.text, True, data.caption)
         return Views(images, captions)
 

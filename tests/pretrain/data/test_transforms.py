@@ -7,9 +7,10 @@ import torchvision.transforms.functional as tvf
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 
-from pretrain.config import AugmentationConfig
+from pretrain.config import AugmentationConfig, DataConfig, PhaseConfig
 from pretrain.data.folder import ImageStore
 from pretrain.data.transforms import TrainingView, evaluation_view, normalise, to_tensor
+from pretrain.data.views import plain_views
 
 STILL = AugmentationConfig(
     flip=False,
@@ -119,3 +120,26 @@ def test_a_cutout_stays_inside_and_keeps_its_aspect():
         seen = np.argwhere(view(cutout, np.random.default_rng(seed))[0].numpy() > 127)
         height, width = seen.max(0) - seen.min(0) + 1
         assert abs(width - 32) <= 1 and abs(height - 8) <= 1
+
+
+def test_a_cutout_larger_than_the_image_shows_parts_from_all_over_it_and_no_background():
+    """A ramp from 0 to 255 in both directions, three times as large as the view: each view is a third of it."""
+    ramp = np.zeros((90, 90, 4), np.uint8)
+    ramp[..., 0], ramp[..., 1], ramp[..., 3] = np.linspace(0, 255, 90), np.linspace(0, 255, 90)[:, None], 255
+    config = AugmentationConfig(**{**vars(STILL), "cutout_scale": [3.0, 3.0], "photo_background_probability": 0.0})
+    view = TrainingView(30, config)
+    views = [view(Image.fromarray(ramp, "RGBA"), np.random.default_rng(i)).float() for i in range(60)]
+    spans = torch.stack([v[0].amax() - v[0].amin() for v in views])
+    assert torch.all((spans - 85).abs() < 6)  # a third of the range, in every view
+    assert all(v[2].amax() == 0 for v in views)  # the drawing has no blue: nothing else is seen
+    left = torch.stack([v[0].amin() for v in views])
+    assert left.min() < 20 and left.max() > 150
+
+
+def test_a_phase_can_augment_in_its_own_way():
+    data, still = DataConfig(), PhaseConfig(image_size=30, augmentation=STILL)
+    cutout, rng = noise("RGBA", 40, 40), np.random.default_rng
+    own = plain_views(data, still).images["image"](cutout, rng(0))
+    assert torch.equal(own, TrainingView(30, STILL)(cutout, rng(0)))
+    runs = plain_views(data, PhaseConfig(image_size=30)).images["image"](cutout, rng(0))
+    assert torch.equal(runs, TrainingView(30, data.augmentation)(cutout, rng(0))) and not torch.equal(runs, own)
