@@ -30,7 +30,9 @@ $(READY): requirements/lock.txt requirements/install_detectron2.py pyproject.tom
 demo: $(READY)
 	$(PY) tools/run_demo.py
 
+# The browser is for the test of the page only, so no other target waits for its 70 MB.
 test: $(READY)
+	@$(PY) requirements/install_chromium.py
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 

@@ -1,0 +1,1 @@
+"""The detector and the towers as ONNX and `torch.export` files, which run without this package."""

@@ -1,0 +1,1 @@
+"""The page: a picture and words in, detections out, in a browser (`ovd-web`, needs the extra `web`)."""
