@@ -1,7 +1,7 @@
 """What a detector says about one picture: boxes, scores, names and masks, as numpy arrays.
 
 The coordinates are pixels of the original upright picture. Nothing here runs a model; drawing is in
-`ovd.visualization`.
+`ovd.visualization`, other tools' formats are in `ovd.conversions`.
 """
 
 from collections.abc import Sequence
@@ -180,3 +180,47 @@ class Detections:
         from ovd.visualization import draw_detections
 
         return draw_detections(image, self, **options)
+
+    def to_supervision(self) -> Any:
+        """Return `supervision.Detections` with xyxy, confidence, class_id, mask and data["class_name"].
+
+        Raises:
+            ImportError: supervision is not installed.
+        """
+        from ovd.conversions import to_supervision
+
+        return to_supervision(self)
+
+    def to_fiftyone(self) -> Any:
+        """Return `fiftyone.Detections`: label, bounding_box (x, y, width, height in 0..1), confidence, mask in the box.
+
+        Raises:
+            ImportError: fiftyone is not installed.
+        """
+        from ovd.conversions import to_fiftyone
+
+        return to_fiftyone(self)
+
+    def to_labelme(self, image_path: str) -> dict[str, Any]:
+        """Return the content of a labelme file: polygons where there are masks, rectangles elsewhere.
+
+        Args:
+            image_path: of the picture, as labelme is to find it from its own file.
+        """
+        from ovd.conversions import to_labelme
+
+        return to_labelme(self, image_path)
+
+    def to_yolo(self, segments: bool = False, scores: bool = False) -> str:
+        """Return a YOLO label file: a line "class x y width height" (centre, all in 0..1) a detection.
+
+        Args:
+            segments: "class x1 y1 x2 y2 …" outlines of the masks instead of boxes.
+            scores: add the score to each line, as predictions have it and labels for training do not.
+
+        Raises:
+            ValueError: segments were asked for and there are no masks.
+        """
+        from ovd.conversions import to_yolo
+
+        return to_yolo(self, segments, scores)

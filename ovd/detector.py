@@ -1,47 +1,40 @@
-"""The detector for users: load a checkpoint, say words, get detections; and the checkpoint folder it is saved in.
+"""The detector for users: load a checkpoint, say words or show pictures, get detections.
 
-A folder holds `config.yaml` (format, architecture, names of the base classes), `model.safetensors` (what training
-changed) and `image_text/` (the image-text model in open_clip's format: text tower, projection, and the image tower
-where it is frozen).
-This file does not train or evaluate.
+The folder it is loaded from is described in `ovd/detector_folder.py`. This file does not train or evaluate.
 """
 
-import json
-import shutil
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ovd.active_vocabulary import ActiveVocabulary, VocabularyBuilder
+from ovd.calibration import CALIBRATION, ScoreCalibration, ShownScores, read_fitting_calibration
 from ovd.data.images import read_image
 from ovd.data.mapper import ResizeLongestSide
 from ovd.detections import Detections
+from ovd.detector_folder import CONFIG, IMAGE_TEXT, WEIGHTS, read_detector, save_detector
 from ovd.explanation import Explanation, explain_box, explain_detection
-from ovd.modeling.detector_config import DetectorConfig
-from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
+from ovd.image_prompts import as_crops
+from ovd.modeling.rcnn import OpenVocabularyRCNN
+from ovd.precision import find_device, find_dtype
 from ovd.text.diagnostics import NEAR_DUPLICATE, VocabularyDiagnosis, diagnose_vocabulary
-from ovd.text.embedding_file import SUFFIX, load_embeddings, read_info
-from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary
-from ovd.text.vocabulary import Vocabulary, normalize_word, prompt_phrase
-from pretrain.atomic import replacing, write_atomically
-from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
+from ovd.text.embeddings import DEFAULT_TEMPLATES
+from ovd.text.vocabulary import Vocabulary
+from ovd.tiling import merge_windows, tile_windows
+from pretrain.modeling.checkpoint import ImageTextModel
 
-FORMAT = 1
-WEIGHTS = "model.safetensors"
-CONFIG = "config.yaml"
-IMAGE_TEXT = "image_text"
+__all__ = ["CONFIG", "IMAGE_TEXT", "WEIGHTS", "OpenVocabularyDetector", "read_detector", "save_detector"]
 
 
 class OpenVocabularyDetector:
-    """Find objects named by words in pictures.
+    """Find objects named by words, or shown by pictures, in pictures.
 
     Example::
 
@@ -49,31 +42,61 @@ class OpenVocabularyDetector:
         detector.set_vocabulary("cat, taco, fire engine")
         detections = detector.predict("street.jpg")
 
+    Threads may share one detector: every `predict` works with the vocabulary of the moment it was called, whatever
+    others set meanwhile. Pictures are read in parallel, the network runs for one call at a time.
+
     Args:
         model: the network; put into evaluation mode.
         image_text: the image-text model whose text tower embeds words.
         base_names: names of the categories trained on; words that read the same get the base weight in score fusion.
+        precision: see `set_precision`.
+        calibration: what makes scores comparable between vocabularies; None leaves them as the network gives them.
+
+    Attributes:
+        vocabulary: the words; None before any were set.
+        competitors: words that take part in the scores and are not reported.
     """
 
-    def __init__(self, model: OpenVocabularyRCNN, image_text: ImageTextModel, base_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: OpenVocabularyRCNN,
+        image_text: ImageTextModel,
+        base_names: Sequence[str] = (),
+        precision: str = "float32",
+        calibration: ScoreCalibration | None = None,
+    ) -> None:
         self.model = model.eval()
         self.image_text = image_text
         self.base_names = tuple(base_names)
-        self.vocabulary: Vocabulary | None = None
-        self.competitors: tuple[str, ...] = ()  # words that take part in the scores and are not reported
-        self._prompted: tuple[tuple[str, ...], bool] | None = None  # templates and synonyms, None for given embeddings
-        self._memory: dict[tuple[str, ...], Tensor] = {}
+        self.calibration = calibration
+        self._builder = VocabularyBuilder(image_text, self.base_names)
+        self._active: ActiveVocabulary | None = None  # never changed, only replaced: a call keeps the one it began with
+        self._applied: ActiveVocabulary | None = None  # whose matrix is in the network
+        self._network_lock, self._vocabulary_lock = threading.RLock(), threading.RLock()
+        self.precision, self._dtype = "float32", None
+        if precision != "float32":
+            self.set_precision(precision)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "OpenVocabularyDetector":
+    def from_checkpoint(
+        cls, path: str | Path, device: str | torch.device = "cpu", precision: str = "float32"
+    ) -> "OpenVocabularyDetector":
         """Load a folder written by `save_detector`; its vocabulary is the base classes, if it names any.
 
+        Args:
+            path: the folder; a `calibration.json` in it is used.
+            device: "cpu", "cuda", "cuda:1", …, or "auto": a GPU where there is one.
+            precision: see `set_precision`.
+
         Raises:
-            ValueError: the folder, a file in it, or a field or tensor of it is missing or not as it should be.
+            ValueError: the folder, a file in it, or a field or tensor of it is missing or not as it should be; or the
+                device is not there.
         """
+        device = find_device(device)
         model, image_text, base_names = read_detector(path)
+        calibration = read_fitting_calibration(Path(path) / CALIBRATION, model.architecture)
         image_text.model.to(device).eval()
-        detector = cls(model.to(device), image_text, base_names)
+        detector = cls(model.to(device), image_text, base_names, precision, calibration)
         if detector.base_names:
             with warnings.catch_warnings():
                 # Base names that repeat or are cut were the training's concern, not this user's.
@@ -82,8 +105,10 @@ class OpenVocabularyDetector:
         return detector
 
     @classmethod
-    def from_pretrained(cls, name: str = "mini", device: str | torch.device = "cpu") -> "OpenVocabularyDetector":
-        """Load a detector that ships with the package.
+    def from_pretrained(
+        cls, name: str = "mini", device: str | torch.device = "cpu", precision: str = "float32"
+    ) -> "OpenVocabularyDetector":
+        """Load a detector that ships with the package; arguments as for `from_checkpoint`.
 
         Raises:
             ValueError: there is none of that name.
@@ -95,85 +120,132 @@ class OpenVocabularyDetector:
                 f"no detector named {name!r} ships with this installation (there is: {', '.join(there) or 'none'}); "
                 "train one with tools/train_net.py and give its folder"
             )
-        return cls.from_checkpoint(folder / name, device)
+        return cls.from_checkpoint(folder / name, device, precision)
 
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
         return self.model.device
 
+    def to(self, device: str | torch.device) -> "OpenVocabularyDetector":
+        """Move network, towers and vocabulary to a device ("auto": a GPU where there is one); returns itself."""
+        with self._vocabulary_lock, self._network_lock:
+            device = find_device(device)
+            self.model.to(device)
+            self.image_text.model.to(device)
+            self.set_precision(self.precision)
+        return self
+
+    def set_precision(self, precision: str) -> None:
+        """Choose the type of matrix products; similarities, softmax, boxes and scores stay float32.
+
+        Args:
+            precision: "float32"; "bfloat16" (GPUs from Ampere on; a CPU runs it too, faster only where it has
+                instructions for it, such as AMX); "float16" (any GPU, no CPU); "auto": bfloat16 on a GPU that has it,
+                float16 on another, float32 on a CPU.
+
+        Raises:
+            ValueError: no such precision, or not on this device.
+        """
+        self.precision, self._dtype = precision, find_dtype(precision, self.device)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The words that labels of detections index."""
+        return self._active.vocabulary if self._active else None
+
+    @vocabulary.setter
+    def vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Name the classes of a matrix that was given to the network itself."""
+        self._active = ActiveVocabulary(vocabulary)
+
+    @property
+    def competitors(self) -> tuple[str, ...]:
+        """Words that take part in the scores and are not reported."""
+        return self._active.competitors if self._active else ()
+
     def set_vocabulary(
         self,
-        words: "Vocabulary | str | Path | Iterable[str] | None" = None,
+        words: "Vocabulary | str | Path | Iterable[Any] | Mapping[str, Any] | None" = None,
         base_words: Iterable[str] | None = None,
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         embeddings: Tensor | np.ndarray | str | Path | None = None,
         competitors: bool = True,
         use_synonyms: bool = False,
     ) -> Vocabulary:
-        """Change the words to look for; nothing is trained, and no weight changes.
+        """Change what to look for; nothing is trained, and no weight changes.
 
         Args:
-            words: "cat, dog", a list, or a path to a .txt (one word a line) or .json (LVIS, COCO) file; None takes the
-                words of the embedding file.
+            words: "cat, dog", a list, a path to a .txt (one word a line) or .json (LVIS, COCO) file, "lvis" (its 1,203
+                names) or "coco" (its 80); with pictures as queries a list in which PIL images stand among words, or
+                {name: crop, list of crops, or None for the word}; None takes the words of the embedding file.
             base_words: words to treat as trained on; None takes the categories that the detector was trained on.
             templates: prompts for the text tower.
             embeddings: use these instead of the text tower: (C, D), or a path to a file of tools/embed_vocabulary.py
                 (which must have been made by this detector's text tower) or to a .npy matrix.
             competitors: let the categories trained on compete for the scores without being reported, so that a peach
                 is not called a taco for want of a better word. Not with given matrices, which may come from elsewhere.
-            use_synonyms: average over all phrases of a word that the .json file gives.
+            use_synonyms: average over all phrases of a word that the vocabulary gives ("lvis" does).
 
         Returns:
             The vocabulary; labels of detections index its words.
 
         Raises:
             ValueError: no words, or embeddings that do not belong to these words or to this detector.
+            ImageError: a crop cannot be read.
         """
-        own_file = isinstance(embeddings, (str, Path)) and Path(embeddings).suffix.lower() == SUFFIX
-        if words is None:
-            if not own_file:
-                raise ValueError(f"no words were given; give some, or a {SUFFIX} file of embeddings that names its own")
-            words = read_info(embeddings).vocabulary
-        vocabulary = Vocabulary.parse(words)
-        competitors = competitors and (embeddings is None or own_file)
-        if own_file:
-            info = read_info(embeddings)
-            templates, use_synonyms = info.templates, info.use_synonyms
-        prompted = (tuple(templates), use_synonyms) if embeddings is None or own_file else None
-        rows = self._embeddings(vocabulary, embeddings, templates, use_synonyms)
-        names = self.base_names if base_words is None else base_words
-        known = {form for name in names for form in (normalize_word(name), normalize_word(prompt_phrase(name)))}
-        is_base = torch.tensor([normalize_word(word) in known for word in vocabulary.words])
-        forms = self._forms(vocabulary)
-        others = [n for n in self.base_names if normalize_word(prompt_phrase(n)) not in forms] if competitors else []
-        others = list(Vocabulary.from_words(others).words) if others else []
-        if others:
-            rest = embed_vocabulary(
-                Vocabulary.from_words(others), self.image_text, templates, use_synonyms, memory=self._memory
-            )
-            rows = torch.cat([rows.to(rest), rest])
-            is_base = torch.cat([is_base, torch.ones(len(rest), dtype=torch.bool)])
-        self.model.set_text_embeddings(rows, is_base, num_reported=len(vocabulary))
-        self.vocabulary, self.competitors, self._prompted = vocabulary, tuple(others), prompted
-        return vocabulary
+        with self._vocabulary_lock:
+            active = self._builder.build(words, base_words, templates, embeddings, competitors, use_synonyms)
+            self._set_active(active)
+        return active.vocabulary
 
-    def _embeddings(
-        self,
-        vocabulary: Vocabulary,
-        given: Tensor | np.ndarray | str | Path | None,
-        templates: Sequence[str],
-        use_synonyms: bool,
-    ) -> Tensor:
-        """(C, D) embeddings of the words: those given, or the text tower's."""
-        if given is None:
-            return embed_vocabulary(vocabulary, self.image_text, templates, use_synonyms, memory=self._memory)
-        if isinstance(given, (str, Path)):
-            return load_embeddings(given, vocabulary, self.image_text)
-        given = torch.as_tensor(given)
-        if len(given) != len(vocabulary):
-            raise ValueError(f"{len(given)} embeddings for {len(vocabulary)} words; give one row for each word")
-        return given
+    def add_image_prompt(self, name: str, crops: Any) -> Vocabulary:
+        """Look for what pictures show, besides the present words; a word of that name is replaced.
+
+        Args:
+            name: what to call it.
+            crops: one picture or several (as for `predict`) that the object fills; several are averaged.
+
+        Returns:
+            The new vocabulary.
+
+        Raises:
+            ValueError: there are no crops.
+            ImageError: a crop cannot be read.
+        """
+        with self._vocabulary_lock:
+            active = self._builder.with_image_prompt(self._active, name, as_crops(crops, name))
+            self._set_active(active)
+        return active.vocabulary
+
+    def _set_active(self, active: ActiveVocabulary) -> None:
+        with self._network_lock:
+            self._apply(active)
+            self._active = active
+
+    def _apply(self, active: ActiveVocabulary) -> None:
+        """Bring a vocabulary's matrix into the network; the caller holds the lock."""
+        if active.embeddings is not None and self._applied is not active:
+            self._applied = None  # should the next line refuse
+            self.model.set_text_embeddings(active.embeddings, active.is_base, num_reported=len(active.vocabulary))
+            self._applied = active
+
+    @contextmanager
+    def _network(self, active: ActiveVocabulary) -> Iterator[OpenVocabularyRCNN]:
+        """The network with this vocabulary, for one thread at a time."""
+        with self._network_lock:
+            self._apply(active)
+            with torch.no_grad(), self._autocast():
+                yield self.model.eval()
+
+    def _autocast(self) -> AbstractContextManager:
+        return nullcontext() if self._dtype is None else torch.autocast(self.device.type, self._dtype)
+
+    def _current(self) -> ActiveVocabulary:
+        active = self._active
+        if active is None:
+            raise ValueError("the detector has no vocabulary yet; call set_vocabulary first")
+        return active
 
     def diagnose(self, threshold: float = NEAR_DUPLICATE) -> VocabularyDiagnosis:
         """Look for words that this detector can hardly tell apart, read in full, or tell from background.
@@ -181,12 +253,13 @@ class OpenVocabularyDetector:
         Args:
             threshold: cosine from which two words count as near-duplicates.
         """
-        vocabulary, classifier = self._vocabulary(), self.model.roi_heads.box_predictor.cls_score
-        templates, use_synonyms = self._prompted or (DEFAULT_TEMPLATES, False)
+        active, classifier = self._current(), self.model.roi_heads.box_predictor.cls_score
+        templates, use_synonyms = active.prompted or (DEFAULT_TEMPLATES, False)
+        rows = classifier.text_embeddings if active.embeddings is None else active.embeddings.to(self.device).float()
         return diagnose_vocabulary(
-            vocabulary,
-            classifier.text_embeddings[: len(vocabulary)],
-            self.image_text.tokenizer if self._prompted else None,
+            active.vocabulary,
+            torch.nn.functional.normalize(rows[: len(active.vocabulary)], dim=-1),
+            self.image_text.tokenizer if active.prompted else None,
             templates,
             use_synonyms,
             background=getattr(classifier, "background_embedding", None),
@@ -196,7 +269,7 @@ class OpenVocabularyDetector:
     def explain(
         self, image: Any, box: Sequence[float] | None = None, index: int | None = None, top: int = 10
     ) -> Explanation:
-        """Say how the scores of one region came about; `print` the result for a table.
+        """Say how the scores of one region came about (before calibration); `print` the result for a table.
 
         Args:
             image: a picture, as for `predict`.
@@ -209,175 +282,115 @@ class OpenVocabularyDetector:
         """
         if (box is None) == (index is None):
             raise ValueError("explain wants one region: give either box or index")
-        words = self._vocabulary().words + self.competitors
-        inputs = self._inputs(image)
-        if box is not None:
-            return explain_box(self.model, inputs, words, box, top)
-        return explain_detection(self.model, inputs, words, index, top)
+        active = self._current()
+        words, inputs = active.vocabulary.words + active.competitors, self._inputs(_pixels(image))
+        with self._network(active) as model:
+            if box is not None:
+                return explain_box(model, inputs, words, box, top)
+            return explain_detection(model, inputs, words, index, top)
 
-    def _vocabulary(self) -> Vocabulary:
-        if self.vocabulary is None:
-            raise ValueError("the detector has no vocabulary yet; call set_vocabulary first")
-        return self.vocabulary
-
-    def _inputs(self, image: Any) -> dict[str, Any]:
+    def _inputs(self, pixels: np.ndarray) -> dict[str, Any]:
         """What the network wants of a picture: "image" (3, H, W) at its own size, "height", "width" of the original."""
-        pixels = read_image(image)
         height, width = pixels.shape[:2]
         resized = ResizeLongestSide(self.model.architecture.image_size).get_transform(pixels).apply_image(pixels)
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        self.model.eval()
         return {"image": tensor, "height": height, "width": width}
 
-    @staticmethod
-    def _forms(vocabulary: Vocabulary) -> set[str]:
-        """The words as compared: plain, and as they stand in a prompt."""
-        return {
-            form for word in vocabulary.words for form in (normalize_word(word), normalize_word(prompt_phrase(word)))
-        }
-
     def predict(
-        self, image: Any, score_threshold: float = 0.3, max_detections: int = 100
+        self,
+        image: Any,
+        threshold: float | None = None,
+        max_detections: int = 100,
+        *,
+        batch_size: int = 8,
+        tile: int | None = None,
+        overlap: float = 0.25,
+        calibrated: bool = True,
+        score_threshold: float | None = None,
     ) -> Detections | list[Detections]:
-        """Detect the words of the vocabulary.
+        """Detect what the vocabulary names.
 
         Args:
-            image: path, bytes, PIL image, (H, W), (H, W, 3) array, or a list of these.
-            score_threshold: lowest score to return, in 0..1.
+            image: path, bytes, PIL image, (H, W) or (H, W, 3) uint8 array, (3, H, W) uint8 tensor, or a list of these.
+            threshold: lowest score to return, in 0..1; None takes 0.5 of calibrated scores and 0.3 of raw ones.
             max_detections: most detections to return for a picture.
+            batch_size: pictures (or tiles), of any sizes, in memory at once; those of about the same proportions go
+                through the network together.
+            tile: look also at overlapping square tiles of this many pixels, for small objects in large pictures.
+            overlap: share of a tile's side that neighbours have in common.
+            calibrated: give each score as the share of such detections that are right, where the detector's folder has
+                a calibration; False gives the network's own scores.
+            score_threshold: another name of `threshold`.
 
         Returns:
             Detections with boxes and masks in pixels of the upright original, best first; a list for a list.
 
         Raises:
-            ValueError: no vocabulary is set.
-            ImageError: the picture cannot be read.
+            ValueError: no vocabulary is set, or an argument is out of range.
+            ImageError: a picture cannot be read.
         """
-        words = self._vocabulary().words
-        if isinstance(image, (list, tuple)):
-            return [self.predict(one, score_threshold, max_detections) for one in image]
-        inputs = self._inputs(image)
-        outputs = self.model.inference([inputs], min_score=score_threshold, max_detections=max_detections)
-        instances = outputs[0]["instances"].to("cpu")
-        labels = instances.pred_classes.numpy()
-        return Detections(
-            boxes=instances.pred_boxes.tensor.numpy(),
-            scores=instances.scores.numpy(),
-            labels=labels,
-            names=[words[i] for i in labels],
-            masks=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
-            image_size=(inputs["height"], inputs["width"]),
-        )
-
-
-def read_detector(
-    folder: str | Path, changes: dict[str, Any] | None = None
-) -> tuple[OpenVocabularyRCNN, ImageTextModel, list[str]]:
-    """The network of a folder written by `save_detector` on the CPU, its image-text model, and its base names.
-
-    Args:
-        changes: fields of `DetectorConfig` that replace the folder's.
-
-    Raises:
-        ValueError: the folder, a file in it, or a field or tensor of it is missing or not as it should be.
-    """
-    folder = Path(folder)
-    config = _read_config(folder)
-    image_text = load_checkpoint(folder / IMAGE_TEXT, device="cpu")
-    model = build_detector(DetectorConfig.from_dict({**config["architecture"], **(changes or {})}), image_text)
-    _load_weights(model, folder / WEIGHTS)
-    return model, image_text, config["base_names"]
-
-
-def save_detector(
-    folder: str | Path,
-    model: OpenVocabularyRCNN,
-    image_text_folder: str | Path,
-    architecture: DetectorConfig | dict | None = None,
-    base_names: Sequence[str] = (),
-    float16: bool = False,
-) -> Path:
-    """Write a detector checkpoint; every file is written beside its place and renamed, `config.yaml` last.
-
-    Args:
-        folder: where; made when missing.
-        model: the trained network.
-        image_text_folder: open_clip folder that the network was built from; its model and configuration are copied.
-        architecture: description that rebuilds the network; None takes the one it was built with.
-        base_names: names of the categories trained on, as in the annotation file.
-        float16: store weights in half the space; they are loaded as float32.
-
-    Returns:
-        The folder.
-    """
-    folder, source = Path(folder), Path(image_text_folder)
-    if not (source / "open_clip_config.json").is_file():
-        raise ValueError(f"{source} holds no open_clip_config.json; give the folder that the detector was built from")
-    (folder / IMAGE_TEXT).mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.glob("open_clip_*")):
-        target = folder / IMAGE_TEXT / file.name
-        if file.resolve() == target.resolve():
-            continue
-        if float16 and file.suffix == ".safetensors":
-            with replacing(target) as path:
-                save_file(_stored(load_file(file), True), path, {"format": "pt"})
+        active = self._current()
+        if batch_size < 1 or max_detections < 0:
+            raise ValueError(f"batch_size is {batch_size}, max_detections {max_detections}; give at least 1 and 0")
+        scale = ShownScores(self.calibration if calibrated else None, len(active.vocabulary), bool(active.competitors))
+        least = scale.raw(score_threshold if threshold is None else threshold)
+        images = image if isinstance(image, (list, tuple)) else [image]
+        if tile is None:
+            found = []
+            for start in range(0, len(images), batch_size):
+                pixels = [_pixels(one) for one in images[start : start + batch_size]]
+                found += self._detect(pixels, active, least, max_detections)
         else:
-            with replacing(target) as path:
-                shutil.copyfile(file, path)
-    skipped = _frozen_prefixes(model)
-    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
-    with replacing(folder / WEIGHTS) as path:
-        save_file(_stored(tensors, float16), path, {"format": "pt"})
-    description = architecture if isinstance(architecture, dict) else asdict(architecture or model.architecture)
-    # Through JSON so that tuples and such become plain lists.
-    content = json.loads(json.dumps({"format": FORMAT, "architecture": description, "base_names": list(base_names)}))
-    write_atomically(folder / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    return folder
+            found = [
+                self._detect_tiles(_pixels(one), active, least, max_detections, batch_size, tile, overlap)
+                for one in images
+            ]
+        for detections in found:
+            detections.scores = scale.shown(detections.scores)
+        return found if isinstance(image, (list, tuple)) else found[0]
+
+    def _detect(
+        self, pictures: Sequence[np.ndarray], active: ActiveVocabulary, least: float, limit: int
+    ) -> list[Detections]:
+        """Raw detections of upright RGB pictures.
+
+        Those that fill the same canvas go through the network together: more padding than a picture has alone would
+        change what is found in it a little.
+        """
+        inputs, groups = [self._inputs(pixels) for pixels in pictures], {}
+        stride = max(1, getattr(getattr(self.model, "backbone", None), "size_divisibility", 1))
+        for i, one in enumerate(inputs):
+            groups.setdefault(tuple(-(-side // stride) for side in one["image"].shape[1:]), []).append(i)
+        found = {}
+        for members in groups.values():
+            with self._network(active) as model:
+                outputs = model.inference([inputs[i] for i in members], min_score=least, max_detections=limit)
+            for i, output in zip(members, outputs, strict=True):
+                found[i] = Detections.from_instances(output["instances"], active.vocabulary.words)
+        return [found[i] for i in range(len(inputs))]
+
+    def _detect_tiles(
+        self,
+        pixels: np.ndarray,
+        active: ActiveVocabulary,
+        least: float,
+        limit: int,
+        batch_size: int,
+        tile: int,
+        overlap: float,
+    ) -> Detections:
+        """Raw detections of one picture and its tiles."""
+        height, width = pixels.shape[:2]
+        windows, found = tile_windows(height, width, tile, overlap), []
+        for start in range(0, len(windows), batch_size):
+            parts = [pixels[y1:y2, x1:x2] for x1, y1, x2, y2 in windows[start : start + batch_size]]
+            found += self._detect(parts, active, least, limit)
+        return merge_windows(found, windows, (height, width), self.model.architecture.nms_threshold, limit)
 
 
-def _frozen_prefixes(model: OpenVocabularyRCNN) -> tuple[str, ...]:
-    """Prefixes of the weights that are exact copies of the image-text model's and are built again from it."""
-    return ("roi_heads.image_text_head.",) + (("backbone.net.",) if model.backbone.net.frozen else ())
-
-
-def _stored(tensors: dict[str, Tensor], float16: bool) -> dict[str, Tensor]:
-    def convert(value: Tensor) -> Tensor:
-        value = value.detach().cpu().contiguous()
-        return value.half() if float16 and value.is_floating_point() else value
-
-    return {name: convert(value) for name, value in tensors.items()}
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} is no detector checkpoint: {CONFIG} is missing; give the folder that holds it")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML ({error}); save the detector again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), dict):
-        raise ValueError(f"{path} has no architecture; save the detector again with save_detector")
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {config.get('format')!r}, but this version reads {FORMAT}; save it again")
-    return {"architecture": config["architecture"], "base_names": config.get("base_names") or []}
-
-
-def _load_weights(model: OpenVocabularyRCNN, path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; copy the whole checkpoint folder")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); copy or save the checkpoint again") from error
-    skipped = _frozen_prefixes(model)
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
-    different = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
-    wrong = sorted(set(own) ^ set(tensors)) + different
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit its own {CONFIG}: {len(wrong)} tensors are missing, unknown or of another shape "
-            f"({', '.join(wrong[:3])}); save the detector again"
-        )
-    # load_state_dict copies into the float32 parameters, so float16 storage comes back as float32.
-    model.load_state_dict(tensors, strict=False)
+def _pixels(image: Any) -> np.ndarray:
+    """Upright RGB of anything `predict` takes."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = (image.permute(1, 2, 0) if image.dim() == 3 else image).numpy()
+    return read_image(image)

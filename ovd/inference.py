@@ -1,30 +1,40 @@
-"""Run a detector over picture files and write what it finds: one annotated PNG a picture and one COCO-style JSON file.
+"""Run a detector over picture files and write what it finds: one annotated PNG a picture, and results in files.
 
-A file that cannot be read is reported and skipped; every file written is complete or absent. Command-line parsing is in
-`tools/demo.py`, drawing in `ovd.visualization`.
+A file that cannot be read is reported and skipped; every file written is complete or absent. Videos are in
+`ovd/video.py`, formats in `ovd/results_writer.py`, the command line in `ovd/commands/demo.py`, drawing in
+`ovd/visualization.py`.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ovd.data.images import ImageError, list_images, read_image
 from ovd.detector import OpenVocabularyDetector
+from ovd.results_writer import Item, ResultsWriter
 from ovd.visualization import distinct_colours, draw_detections, write_png_atomic
-from pretrain.atomic import write_atomically
-
-RESULTS = "detections.json"
 
 
 @dataclass
 class Summary:
-    """What a run over pictures did: files written, detections in all, and (file, reason) of each picture left out."""
+    """What a run over pictures did.
+
+    Attributes:
+        results: the JSON file, where one was asked for.
+        pictures: drawings written.
+        detections: in all.
+        failed: (file, reason) of each picture left out.
+        files: what was written in each format.
+    """
 
     results: Path
     pictures: list[Path] = field(default_factory=list)
     detections: int = 0
     failed: list[tuple[Path, str]] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
 
 
 def collect_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -64,26 +74,29 @@ def detect_files(
     detector: OpenVocabularyDetector,
     images: Sequence[Path],
     output: str | Path,
-    score_threshold: float = 0.3,
+    score_threshold: float | None = None,
     max_detections: int = 100,
     on_error: Callable[[Path, str], None] | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
+    formats: Sequence[str] = ("json",),
+    batch_size: int = 1,
+    **options: Any,
 ) -> Summary:
     """Detect the detector's vocabulary in picture files.
 
-    Writes `<output>/<name>.png` as it goes and `<output>/detections.json` at the end: `images` (id, file_name, width,
-    height, annotated), `categories` (id from 1, name; in the order of the vocabulary), `annotations` (id, image_id,
-    category_id, bbox x y width height in pixels of the upright picture, area, score, iscrowd 0 and, if there are
-    masks, segmentation as compressed run lengths). Pictures without a detection are listed in `images`.
+    Writes `<output>/<name>.png` as it goes, and the files of `ResultsWriter` in the formats asked for.
 
     Args:
         detector: with a vocabulary.
         images: picture files.
         output: folder; made when missing.
-        score_threshold: lowest score to keep, in 0..1.
+        score_threshold: lowest score to keep, in 0..1; None takes that of `predict`.
         max_detections: most detections to keep for a picture.
         on_error: called with a file and the reason when it is left out.
         progress: wraps the list for display (`tqdm`-like).
+        formats: some of `ovd.results_writer.FORMATS`.
+        batch_size: pictures that go through the network together.
+        options: further ones of `OpenVocabularyDetector.predict`.
 
     Raises:
         ValueError: the detector has no vocabulary, or a picture would be overwritten by its annotated copy.
@@ -91,39 +104,40 @@ def detect_files(
     if detector.vocabulary is None:
         raise ValueError("the detector has no vocabulary yet; call set_vocabulary first")
     output, words = Path(output), detector.vocabulary.words
-    summary = Summary(output / RESULTS)
-    colours = distinct_colours(words)
-    content: dict[str, list[dict]] = {
-        "images": [],
-        "categories": [{"id": i + 1, "name": word} for i, word in enumerate(words)],
-        "annotations": [],
-    }
     jobs = list(zip(images, output_names(images), strict=True))
-    originals = {image.resolve() for image in images}
+    _refuse_overwriting(jobs, output)
+    colours = distinct_colours(words)
+    options = {"threshold": score_threshold, "max_detections": max_detections, "batch_size": batch_size, **options}
+    with ResultsWriter(output, words, formats) as writer:
+        summary = Summary(writer.json_path, files=writer.paths)
+        waiting: list[tuple[Path, str, np.ndarray]] = []
+
+        def detect() -> None:
+            found = detector.predict([pixels for _, _, pixels in waiting], **options)
+            for (path, name, pixels), detections in zip(waiting, found, strict=True):
+                drawn = draw_detections(pixels, detections, colours=colours)
+                summary.pictures.append(write_png_atomic(output / name, drawn))
+                writer.add(Item(str(path), Path(name).stem, annotated=name), detections)
+            waiting.clear()
+
+        for path, name in progress(jobs) if progress else jobs:
+            try:
+                waiting.append((path, name, read_image(path)))
+            except ImageError as error:
+                summary.failed.append((path, str(error)))
+                if on_error:
+                    on_error(path, str(error))
+            if len(waiting) == batch_size:
+                detect()
+        detect()
+        summary.detections = writer.detections
+    return summary
+
+
+def _refuse_overwriting(jobs: Sequence[tuple[Path, str]], output: Path) -> None:
+    originals = {image.resolve() for image, _ in jobs}
     for _, name in jobs:
         if (output / name).resolve() in originals:
             raise ValueError(
                 f"{output / name} is one of the pictures and would be overwritten; give another output folder"
             )
-    for path, name in progress(jobs) if progress else jobs:
-        try:
-            pixels = read_image(path)
-        except ImageError as error:
-            summary.failed.append((path, str(error)))
-            if on_error:
-                on_error(path, str(error))
-            continue
-        detections = detector.predict(pixels, score_threshold, max_detections)
-        summary.pictures.append(write_png_atomic(output / name, draw_detections(pixels, detections, colours=colours)))
-        height, width = detections.image_size
-        image_id = len(content["images"]) + 1
-        content["images"].append(
-            {"id": image_id, "file_name": str(path), "width": width, "height": height, "annotated": name}
-        )
-        for found in detections.to_coco(image_id, category_ids=[c["id"] for c in content["categories"]]):
-            w, h = found["bbox"][2:]
-            number = len(content["annotations"]) + 1
-            content["annotations"].append({"id": number, **found, "area": w * h, "iscrowd": 0})
-    summary.detections = len(content["annotations"])
-    write_atomically(summary.results, (json.dumps(content) + "\n").encode())
-    return summary

@@ -3,68 +3,13 @@
 Several processes: `--num-gpus 8`, or `torchrun --nproc-per-node 8 tools/train_net.py …`, also over several machines.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 # Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
-def run(options: argparse.Namespace) -> None:
-    """In each process: train unless only evaluation is asked for, then evaluate in the first one."""
-    import logging
-    import warnings
-
-    from detectron2.utils import comm
-    from detectron2.utils.logger import setup_logger
-
-    from ovd.engine.evaluate import results_table
-    from ovd.engine.lazy_config import load_config
-    from ovd.engine.trainer import evaluate, train
-
-    cfg = load_config(options.config, options.overrides)
-    for name in ("detectron2", "ovd", "fvcore"):
-        setup_logger(distributed_rank=comm.get_rank(), name=name)
-    # Notes of libraries about each other, which a reader can do nothing about.
-    logging.getLogger("fvcore.common.checkpoint").setLevel(logging.WARNING)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
-    folder = Path(options.detector or Path(cfg.train.output) / "detector")
-    if not options.eval_only:
-        folder = train(cfg, resume=options.resume)
-    if cfg.data.get("validation", True) == "":  # fine-tuning without a set to measure on
-        if comm.is_main_process():
-            print(f"\ndetector: {folder}\nnothing was measured: data.validation is empty")
-        return
-    results = evaluate(cfg, folder)
-    if comm.is_main_process():
-        print(f"\n{results_table(results)}\ndetector:   {folder}\nevaluation: {cfg.train.output}/summary.md")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, run, print where the output went."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", "--config-file", required=True, help="LazyConfig file below configs/ovd")
-    parser.add_argument("--resume", action="store_true", help="continue the run in train.output")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate train.output/detector, or --detector")
-    parser.add_argument("--detector", help="checkpoint folder to evaluate (with --eval-only)")
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.max_iter=100")
-    options = parser.parse_args(arguments)
-
-    from ovd.engine.processes import run_in_processes
-
-    try:
-        run_in_processes(run, options.num_gpus, (options,))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; continue with the same command and --resume", file=sys.stderr)
-        return 130
-    return 0
-
+from ovd.commands.train import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

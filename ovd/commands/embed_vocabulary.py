@@ -1,0 +1,70 @@
+"""Embed words with a model's text tower, keep them in a file that knows what made it, and say what is wrong with them.
+
+python tools/embed_vocabulary.py --checkpoint DIR --vocabulary words.txt --output words.safetensors
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, metavar="DIR", help="detector folder, or image-text checkpoint")
+    add("--vocabulary", required=True, metavar="WORDS", help='"koala, taco", or a .txt or (LVIS, COCO) .json file')
+    add("--output", required=True, type=Path, metavar="FILE", help="file to write, ends in .safetensors")
+    add("--templates", type=Path, metavar="FILE", help="prompts with {}, one a line (default: those of the library)")
+    add("--no-synonyms", action="store_true", help="embed names only, not the synonyms of a .json file")
+    add("--threshold", type=float, default=0.95, help="cosine of near-duplicates (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Embed, write, diagnose."""
+    # Cheap checks first: a mistyped path should not have to wait for the network to load.
+    from ovd.text.vocabulary import Vocabulary
+
+    if options.output.suffix.lower() != ".safetensors":
+        raise ValueError(f"output {options.output} does not end in .safetensors, by which it is recognised; name it so")
+    vocabulary = Vocabulary.parse(options.vocabulary)
+
+    import warnings
+
+    from ovd.text.diagnostics import background_of, diagnose_vocabulary
+    from ovd.text.embedding_file import save_embeddings
+    from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary, read_templates
+    from pretrain.engine.device import Device
+    from pretrain.modeling.checkpoint import load_checkpoint
+
+    templates = read_templates(options.templates) if options.templates else DEFAULT_TEMPLATES
+    synonyms = not options.no_synonyms
+    inner = options.checkpoint / "image_text"
+    model = load_checkpoint(inner if inner.is_dir() else options.checkpoint, Device(options.device).torch_device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* are cut short", category=UserWarning)  # in the diagnosis below
+        embeddings = embed_vocabulary(vocabulary, model, templates, synonyms)
+    background, source = background_of(options.checkpoint, model)
+    findings = diagnose_vocabulary(
+        vocabulary, embeddings, model.tokenizer, templates, synonyms, background, options.threshold
+    )
+    save_embeddings(options.output, embeddings, vocabulary, model, templates, synonyms)
+    print(findings.to_text(), end="")
+    print(f"background: {source}")
+    print(f"embeddings: {options.output} ({len(vocabulary)} words, {model.embed_dim} dimensions)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run; what a user can mend is one sentence on stderr."""
+    options = parse(arguments)
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,145 @@
+"""The folder that a detector is kept in: written by `save_detector`, read by `read_detector`.
+
+A folder holds `config.yaml` (format, architecture, names of the base classes), `model.safetensors` (what training
+changed), `image_text/` (the image-text model in open_clip's format: text tower, projection, and the image tower
+where it is frozen) and, once `tools/calibrate.py` has run, `calibration.json`.
+This file does not predict, train or evaluate.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ovd.calibration import CALIBRATION
+from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
+from pretrain.atomic import replacing, write_atomically
+from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.yaml"
+IMAGE_TEXT = "image_text"
+
+
+def read_detector(
+    folder: str | Path, changes: dict[str, Any] | None = None
+) -> tuple[OpenVocabularyRCNN, ImageTextModel, list[str]]:
+    """The network of a folder written by `save_detector` on the CPU, its image-text model, and its base names.
+
+    Args:
+        changes: fields of `DetectorConfig` that replace the folder's.
+
+    Raises:
+        ValueError: the folder, a file in it, or a field or tensor of it is missing or not as it should be.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    image_text = load_checkpoint(folder / IMAGE_TEXT, device="cpu")
+    model = build_detector(DetectorConfig.from_dict({**config["architecture"], **(changes or {})}), image_text)
+    _load_weights(model, folder / WEIGHTS)
+    return model, image_text, config["base_names"]
+
+
+def save_detector(
+    folder: str | Path,
+    model: OpenVocabularyRCNN,
+    image_text_folder: str | Path,
+    architecture: DetectorConfig | dict | None = None,
+    base_names: Sequence[str] = (),
+    float16: bool = False,
+) -> Path:
+    """Write a detector checkpoint; every file is written beside its place and renamed, `config.yaml` last.
+
+    Args:
+        folder: where; made when missing.
+        model: the trained network.
+        image_text_folder: open_clip folder that the network was built from; its model and configuration are copied.
+        architecture: description that rebuilds the network; None takes the one it was built with.
+        base_names: names of the categories trained on, as in the annotation file.
+        float16: store weights in half the space; they are loaded as float32.
+
+    Returns:
+        The folder.
+    """
+    folder, source = Path(folder), Path(image_text_folder)
+    if not (source / "open_clip_config.json").is_file():
+        raise ValueError(f"{source} holds no open_clip_config.json; give the folder that the detector was built from")
+    (folder / IMAGE_TEXT).mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.glob("open_clip_*")):
+        target = folder / IMAGE_TEXT / file.name
+        if file.resolve() == target.resolve():
+            continue
+        if float16 and file.suffix == ".safetensors":
+            with replacing(target) as path:
+                save_file(_stored(load_file(file), True), path, {"format": "pt"})
+        else:
+            with replacing(target) as path:
+                shutil.copyfile(file, path)
+    # A calibration belongs to the weights that it was made with.
+    (folder / CALIBRATION).unlink(missing_ok=True)
+    skipped = _frozen_prefixes(model)
+    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
+    with replacing(folder / WEIGHTS) as path:
+        save_file(_stored(tensors, float16), path, {"format": "pt"})
+    description = architecture if isinstance(architecture, dict) else asdict(architecture or model.architecture)
+    # Through JSON so that tuples and such become plain lists.
+    content = json.loads(json.dumps({"format": FORMAT, "architecture": description, "base_names": list(base_names)}))
+    write_atomically(folder / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    return folder
+
+
+def _frozen_prefixes(model: OpenVocabularyRCNN) -> tuple[str, ...]:
+    """Prefixes of the weights that are exact copies of the image-text model's and are built again from it."""
+    return ("roi_heads.image_text_head.",) + (("backbone.net.",) if model.backbone.net.frozen else ())
+
+
+def _stored(tensors: dict[str, Tensor], float16: bool) -> dict[str, Tensor]:
+    def convert(value: Tensor) -> Tensor:
+        value = value.detach().cpu().contiguous()
+        return value.half() if float16 and value.is_floating_point() else value
+
+    return {name: convert(value) for name, value in tensors.items()}
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no detector checkpoint: {CONFIG} is missing; give the folder that holds it")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML ({error}); save the detector again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), dict):
+        raise ValueError(f"{path} has no architecture; save the detector again with save_detector")
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {config.get('format')!r}, but this version reads {FORMAT}; save it again")
+    return {"architecture": config["architecture"], "base_names": config.get("base_names") or []}
+
+
+def _load_weights(model: OpenVocabularyRCNN, path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy the whole checkpoint folder")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or save the checkpoint again") from error
+    skipped = _frozen_prefixes(model)
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
+    different = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    wrong = sorted(set(own) ^ set(tensors)) + different
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit its own {CONFIG}: {len(wrong)} tensors are missing, unknown or of another shape "
+            f"({', '.join(wrong[:3])}); save the detector again"
+        )
+    # load_state_dict copies into the float32 parameters, so float16 storage comes back as float32.
+    model.load_state_dict(tensors, strict=False)

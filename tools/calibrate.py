@@ -1,0 +1,12 @@
+"""Calibrate a detector's scores: `python tools/calibrate.py --detector DIR --annotations val.json --images FOLDER`."""
+
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ovd.commands.calibrate import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
