@@ -127,26 +127,39 @@ def missing(study: Study, results: dict[str, dict[int, Result]]) -> list[str]:
 
 
 def verdict(config: StudyConfig, rows: list[Row]) -> str:
-    """Which runs meet the aim; else the most accurate that is fast enough, and the fastest accurate enough."""
+    """Which runs meet the aim; else the most accurate that is fast enough, and the fastest accurate enough.
+
+    Said twice where runs were judged at sizes of their own: at the study's size, and at any (smaller images also cost
+    less to use).
+    """
     aim = (
         f"Aim: at most {config.aim_points:g} point(s) of top-1 on {config.split} below {config.baseline} at "
         f"{config.aim_ratio:g} times less measured training time."
     )
-    compared = [row for row in rows if row.name != config.baseline and row.size == config.image_size and row.difference]
-    if not compared:
+    compared = [row for row in rows if row.name != config.baseline and row.difference]
+    full = [row for row in compared if row.size == config.image_size]
+    if not full:
         return f"{aim} Nothing to compare yet."
+    parts = [aim, *_verdict_of(config, full)]
+    if len(full) < len(compared):
+        parts += ["Judged at any size of their own:", *_verdict_of(config, compared)]
+    return " ".join([*parts, *_caveat(config, rows)])
+
+
+def _verdict_of(config: StudyConfig, compared: list[Row]) -> list[str]:
+    """Sentences about the rows, of which there is at least one."""
     fast = [row for row in compared if row.time_ratio >= config.aim_ratio]
     accurate = [row for row in compared if row.difference.mean >= -config.aim_points]
     if both := [row for row in fast if row in accurate]:
-        return " ".join([f"{aim} Met by {'; '.join(map(_compared, both))}.", *_caveat(config, rows)])
-    parts = [f"{aim} Not met."]
+        return [f"Met by {'; '.join(map(_compared, both))}."]
+    parts = ["Not met."]
     if fast:
         parts.append(f"Most accurate at that speed: {_compared(max(fast, key=lambda row: row.difference.mean))}.")
     else:
         parts.append(f"Fastest of all: {_compared(max(compared, key=lambda row: row.time_ratio))}.")
     if accurate:
         parts.append(f"Fastest within that accuracy: {_compared(max(accurate, key=lambda row: row.time_ratio))}.")
-    return " ".join([*parts, *_caveat(config, rows)])
+    return parts
 
 
 def _caveat(config: StudyConfig, rows: list[Row]) -> list[str]:

@@ -336,6 +336,20 @@ def test_the_verdict_says_which_runs_meet_the_aim_and_how_near_the_others_come(m
     assert "Nothing to compare yet" in none
 
 
+def test_runs_judged_at_sizes_of_their_own_have_a_verdict_apart(measured):
+    config, results = measured
+    odd = results["odd"][1]
+    small = {split: {**values, "top1": 0.13} for split, values in odd.zero_shot["64"].items()}
+    better = replace(odd, train_seconds=110, zero_shot={**odd.zero_shot, "64": small})
+    full, own = verdict(
+        replace(config, aim_ratio=9.5), make_rows(config, {**results, "fast": {}, "odd": {1: better}})
+    ).split("Judged at any size of their own:")
+    assert "Not met. Most accurate at that speed: odd (-7.0 points at 10.0x less time)" in full
+    assert "Met by odd, judged at 64 px (+1.0 points at 10.0x less time)" in own
+    alone = make_rows(replace(config, runs=config.runs[:2]), results)
+    assert "of their own" not in verdict(config, alone)
+
+
 def test_a_partial_study_says_what_is_missing(measured):
     config, results = measured
     study = Study(Path("configs/studies/hand.yaml"), config, [])
