@@ -7,7 +7,6 @@ This file does not predict, train or evaluate.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from ovd.calibration import CALIBRATION
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
 from pretrain.atomic import replacing, write_atomically
-from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
+from pretrain.modeling.checkpoint import ImageTextModel, copy_checkpoint, load_checkpoint
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -70,20 +69,9 @@ def save_detector(
     Returns:
         The folder.
     """
-    folder, source = Path(folder), Path(image_text_folder)
-    if not (source / "open_clip_config.json").is_file():
-        raise ValueError(f"{source} holds no open_clip_config.json; give the folder that the detector was built from")
-    (folder / IMAGE_TEXT).mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.glob("open_clip_*")):
-        target = folder / IMAGE_TEXT / file.name
-        if file.resolve() == target.resolve():
-            continue
-        if float16 and file.suffix == ".safetensors":
-            with replacing(target) as path:
-                save_file(_stored(load_file(file), True), path, {"format": "pt"})
-        else:
-            with replacing(target) as path:
-                shutil.copyfile(file, path)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_checkpoint(image_text_folder, folder / IMAGE_TEXT, half=float16)
     # A calibration belongs to the weights that it was made with.
     (folder / CALIBRATION).unlink(missing_ok=True)
     skipped = _frozen_prefixes(model)

@@ -112,7 +112,9 @@ def randomise_image_tower(source: str | Path, target: str | Path, seed: int) -> 
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / WEIGHTS_FILE) as path:
         save_file(state, path, {"format": "pt"})
-    write_atomically(target / CONFIG_FILE, (source / CONFIG_FILE).read_text())
+    config = json.loads((source / CONFIG_FILE).read_text())
+    config.pop("trained_image_size", None)  # new weights have the tower's native size
+    write_atomically(target / CONFIG_FILE, json.dumps(config))
     return target
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovd.modeling.backbone import FEATURE, ViTFeaturePyramid, WindowedViT
+from ovd.modeling.backbone import FEATURE, ViTFeaturePyramid, WindowedViT, run_stage, scale_mask
 from pretrain.modeling.position_embedding import resample_grid
 
 
@@ -53,6 +53,12 @@ class TensorViT(nn.Module):
                 prefix, tokens = self._windowed_block(block, prefix, tokens, windows)
         tokens = net.norm(tokens) * valid[None, :, None]
         return tokens.reshape(grid.shape).permute(0, 3, 1, 2)
+
+    def valid(self, last: Tensor, height: int, width: int) -> Tensor:
+        """(1, 1, h, w) float: 1 for patches of a map (1, D, h, w) with some picture, 0 in the padding."""
+        patch, (rows, columns) = self.net.patch_size, (torch.arange(side) for side in last.shape[2:])
+        inside = (rows < (height + patch - 1) // patch)[:, None] & (columns < (width + patch - 1) // patch)[None]
+        return inside[None, None].to(last.dtype)
 
     def _global_block(self, block: nn.Module, prefix: Tensor | None, tokens: Tensor, valid: Tensor):
         count = self.net.num_prefix_tokens
@@ -119,8 +125,12 @@ class TensorPyramid(nn.Module):
         self.vit = TensorViT(pyramid.net, pyramid.size_divisibility)
         self.names = list(pyramid.pyramid_features)
         self.stages = nn.ModuleList(pyramid.stages)
+        self.factors = pyramid.scale_factors
 
     def forward(self, images: Tensor, height: int, width: int) -> dict[str, Tensor]:
         """Compute all maps; height and width are those of the picture without padding."""
         last = self.vit(images, height, width)
-        return {FEATURE: last, **{name: stage(last) for name, stage in zip(self.names, self.stages, strict=True)}}
+        features = {FEATURE: last}
+        for name, stage, factor in zip(self.names, self.stages, self.factors, strict=True):
+            features[name] = run_stage(stage, last, scale_mask(self.vit.valid(last, height, width), factor))
+        return features

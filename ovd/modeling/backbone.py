@@ -207,8 +207,8 @@ class ViTFeaturePyramid(SimpleFeaturePyramid):
 
     Contract: images (B, 3, H, W), sides multiples of 32 -> {"p2", "p3", "p4", "p5": (B, channels, ., .),
     "vit": (B, D, ., .)}.
-    The pyramid's 3x3 convolutions see the (zero) padding of the "vit" map as they see the outside of a picture, up to
-    the biases of the layers before them; only the "vit" map is exactly independent of padding.
+    All maps are zero in the padding, also where the pyramid's 3x3 convolutions read it: they see it as they see the
+    outside of a picture, so that what a picture gives does not depend on how far it is padded.
     """
 
     def __init__(self, net: WindowedViT, out_channels: int = 64) -> None:
@@ -226,6 +226,33 @@ class ViTFeaturePyramid(SimpleFeaturePyramid):
     def forward(self, images: Tensor, image_sizes: Sequence[tuple[int, int]] | None = None) -> dict[str, Tensor]:
         """Compute all maps; arguments as in `WindowedViT.forward`."""
         features = self.net(images, image_sizes)
-        for name, stage in zip(self.pyramid_features, self.stages, strict=True):
-            features[name] = stage(features[FEATURE])
+        valid = self._valid_patches(features[FEATURE], image_sizes)
+        for name, stage, factor in zip(self.pyramid_features, self.stages, self.scale_factors, strict=True):
+            features[name] = run_stage(stage, features[FEATURE], None if valid is None else scale_mask(valid, factor))
         return features
+
+    def _valid_patches(self, last: Tensor, image_sizes: Sequence[tuple[int, int]] | None) -> Tensor | None:
+        """(B, 1, h, w) float: 1 for patches with some picture, 0 in the padding; None where there is no padding."""
+        patch, (height, width) = self.net.patch_size, last.shape[-2:]
+        sizes = [(-(-h // patch), -(-w // patch)) for h, w in image_sizes or ()]
+        if all(size == (height, width) for size in sizes):
+            return None
+        rows, columns = torch.arange(height, device=last.device), torch.arange(width, device=last.device)
+        limits = torch.tensor(sizes, device=last.device)
+        valid = (rows < limits[:, :1])[:, None, :, None] & (columns < limits[:, 1:])[:, None, None, :]
+        return valid.to(last.dtype)
+
+
+def scale_mask(valid: Tensor, factor: float) -> Tensor:
+    """(B, 1, h, w) of zeros and ones -> (B, 1, h * factor, w * factor); a place counts if one of its patches does."""
+    if factor >= 1:
+        return F.interpolate(valid, scale_factor=factor, mode="nearest") if factor > 1 else valid
+    return F.max_pool2d(valid, round(1 / factor))
+
+
+def run_stage(stage: nn.Sequential, features: Tensor, mask: Tensor | None) -> Tensor:
+    """A stage of the pyramid, whose last layer alone sees its neighbours, with zeros where the mask has them."""
+    features = stage[:-1](features)
+    if mask is None:
+        return stage[-1](features)
+    return stage[-1](features * mask) * mask

@@ -10,6 +10,7 @@ reads: here they come back as they were, elsewhere with resampled positions.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import open_clip
 import torch
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, CustomTextCLIP
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pretrain.atomic import replacing, write_atomically
@@ -78,7 +79,7 @@ def save_checkpoint(folder: str | Path, model: CustomTextCLIP, config: ModelConf
     }  # fmt: skip
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if half:
-        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+        state = {name: _halved(value) for name, value in state.items()}
     size, trunk, own_table = model.visual.image_size[0], model.visual.trunk, state[_POSITIONS]
     if size != native:
         prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
@@ -93,6 +94,42 @@ def save_checkpoint(folder: str | Path, model: CustomTextCLIP, config: ModelConf
     definition = {"model_cfg": definition, "preprocess_cfg": preprocess, "trained_image_size": size}
     write_atomically(folder / CONFIG_FILE, json.dumps(definition, indent=1) + "\n")  # last: it makes the folder valid
     return folder
+
+
+def copy_checkpoint(source: str | Path, target: str | Path, half: bool = False) -> Path:
+    """Copy a checkpoint folder (ours or any in open_clip's format), all that belongs to it; each file whole or absent.
+
+    Args:
+        source: the folder.
+        target: created if absent; may be the source itself, which is then left alone.
+        half: store float16 (half the size; loaded back as float32).
+
+    Raises:
+        CheckpointError: if the source is no checkpoint folder.
+        OSError: if a file cannot be read or written.
+    """
+    source, target = Path(source), Path(target)
+    if not (source / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{source} is not a checkpoint folder: it has no {CONFIG_FILE}")
+    if target.exists() and target.samefile(source):
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.glob("open_clip_*"), key=lambda file: file.name == CONFIG_FILE):  # that one last
+        if half and file.suffix == ".safetensors":
+            _write_tensors(target / file.name, {name: _halved(value) for name, value in load_file(file).items()})
+        elif file.name != CONFIG_FILE:
+            with replacing(target / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+    (target / POSITIONS_FILE).unlink(missing_ok=True)
+    if (source / POSITIONS_FILE).is_file():  # bound to the weights by their hash, which half precision changes
+        table = {name: _halved(v) if half else v for name, v in load_file(source / POSITIONS_FILE).items()}
+        _write_tensors(target / POSITIONS_FILE, table, {"weights_sha256": fingerprint(target / WEIGHTS_FILE)})
+    write_atomically(target / CONFIG_FILE, (source / CONFIG_FILE).read_text())
+    return target
+
+
+def _halved(value: torch.Tensor) -> torch.Tensor:
+    return value.half() if value.is_floating_point() else value
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -17,6 +17,9 @@ from ovd.modeling.rcnn import build_detector
 from ovd.text.embedding_file import save_embeddings
 from ovd.text.embeddings import embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
+from pretrain.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from pretrain.modeling.checkpoint import load_checkpoint, save_checkpoint
+from pretrain.modeling.clip import build_model, set_image_size
 
 WIDE = {
     "embed_dim": 512,
@@ -54,6 +57,19 @@ def test_saved_and_loaded_detectors_give_the_same_detections(tmp_path, image_tex
     assert (results[0].masks is None) == (not fields.get("mask_on", True))
     for left, right in zip(model.state_dict().values(), loaded.model.state_dict().values(), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("float16", [False, True])
+def test_a_detector_on_towers_trained_at_another_size_than_their_own_is_whole(tmp_path, float16):
+    config = ModelConfig(ImageTowerConfig("test_vit4"), TextTowerConfig(32, 2, 1, 16), embed_dim=24)
+    towers = build_model(config)
+    set_image_size(towers, 48)
+    source = save_checkpoint(tmp_path / "towers", towers, config)
+    saved(tmp_path / "d", source, float16=float16, vlm_mode="crops", vlm_crop_size=48)
+    detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
+    assert load_checkpoint(tmp_path / "d" / "image_text").image_size == 48
+    detector.set_vocabulary("cat, taco")
+    assert len(detector.predict(random_image(), score_threshold=0.0, max_detections=3)) == 3
 
 
 def test_frozen_tower_is_stored_once(tmp_path, image_text_folder) -> None:

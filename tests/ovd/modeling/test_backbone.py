@@ -104,6 +104,28 @@ def test_padding_does_not_change_the_picture(prefix: int) -> None:
     assert together[0, :, 6:].abs().max() == 0 and together[0, :, :, 9:].abs().max() == 0
 
 
+@pytest.mark.parametrize("size", [(90, 130), (128, 64), (33, 31)])
+@torch.no_grad()
+def test_no_map_of_the_pyramid_depends_on_how_far_a_picture_is_padded(size) -> None:
+    torch.manual_seed(3)
+    pyramid = ViTFeaturePyramid(WindowedViT(make_trunk(1), 160, window_size=3), 16).eval()
+    for parameter in pyramid.parameters():  # biases are zero at first, and would hide a difference
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    height, width = size
+    picture = torch.randn(1, 3, height, width)
+
+    def maps(canvas_height: int, canvas_width: int) -> dict[str, torch.Tensor]:
+        canvas = torch.zeros(1, 3, canvas_height, canvas_width)
+        canvas[..., :height, :width] = picture
+        return pyramid(canvas, [size])
+
+    least = maps(-(-height // 32) * 32, -(-width // 32) * 32)
+    for name, padded in maps(160, 192).items():
+        rows, columns = least[name].shape[-2:]
+        torch.testing.assert_close(padded[..., :rows, :columns], least[name], atol=2e-5, rtol=1e-4, msg=name)
+        assert padded[..., rows:, :].abs().sum() + padded[..., columns:].abs().sum() == 0, name
+
+
 def test_frozen_backbone_is_bit_identical_after_a_step() -> None:
     pyramid = ViTFeaturePyramid(WindowedViT(make_trunk(), 160, frozen=True), 16).train()
     before = {name: value.clone() for name, value in pyramid.net.state_dict().items()}

@@ -18,10 +18,11 @@ from pretrain.modeling.checkpoint import (
     POSITIONS_FILE,
     WEIGHTS_FILE,
     CheckpointError,
+    copy_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from pretrain.modeling.clip import set_context_length, set_image_size
+from pretrain.modeling.clip import build_model, set_context_length, set_image_size
 
 TEXTS = ["an axe", "a drawing of a red apple", ""]
 
@@ -236,3 +237,29 @@ def test_an_interrupted_write_leaves_the_old_files(folder, model, model_config, 
         save_checkpoint(folder, model, model_config)
     assert {name: (folder / name).read_bytes() for name in before} == before
     load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("size", [160, 64])
+def test_a_copied_folder_is_the_same_model_at_the_size_it_was_trained_at(tmp_path, model_config, half, size):
+    torch.manual_seed(1)
+    trained = build_model(model_config).eval()
+    set_image_size(trained, size)
+    with torch.no_grad():
+        trained.visual.trunk.pos_embed.normal_()
+    source = save_checkpoint(tmp_path / "source", trained, model_config)
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "image_positions.safetensors").write_bytes(b"of another model")
+    copied = load_checkpoint(copy_checkpoint(source, tmp_path / "copy", half=half))
+    assert copied.image_size == size
+    pixels = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        expected, found = trained.encode_image(pixels), copied.model.encode_image(pixels)
+    torch.testing.assert_close(found, expected, atol=3e-2 if half else 0, rtol=3e-2 if half else 0)
+    again = copy_checkpoint(source, source)  # onto itself: left alone
+    assert load_checkpoint(again).fingerprint == load_checkpoint(source).fingerprint
+
+
+def test_only_a_checkpoint_folder_can_be_copied(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
+        copy_checkpoint(tmp_path, tmp_path / "copy")
