@@ -51,7 +51,7 @@ def train_both(trained: bool) -> None:
         return
     resume = ["--resume"] if (TOWERS.parent / "state.pt").exists() else []
     step(
-        "pretraining: small images, then high resolution",
+        "pretraining: small images, then larger ones",
         "tools/pretrain.py",
         "--config",
         PRETRAIN,

@@ -51,7 +51,7 @@ class DetectorConfig:
             proposal's own crop, as in ViLD), "off" (no fusion).
         vlm_scale: factor on the image-text cosine; None takes exp(logit_scale) of the image-text model.
         vlm_output_size: side of the grid averaged in a region.
-        vlm_crop_size: side in pixels of the crops of "crops".
+        vlm_crop_size: side in pixels of the crops of "crops"; 0: the size that the towers were trained at last.
         vlm_box_scale: factor on the region for the image-text score.
         alpha, beta: fusion weights of the image-text score for base and novel classes.
         objectness_delta: exponent of the objectness factor.
@@ -97,7 +97,7 @@ class DetectorConfig:
     vlm_mode: str = "backbone"
     vlm_scale: float | None = None
     vlm_output_size: int = 7
-    vlm_crop_size: int = 96
+    vlm_crop_size: int = 0
     vlm_box_scale: float = 1.0
     alpha: float = 0.35
     beta: float = 0.65

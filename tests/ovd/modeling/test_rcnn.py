@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
 from pretrain.modeling.checkpoint import load_checkpoint
+from pretrain.modeling.clip import set_image_size
 
 SMALL = {"image_size": 160, "pyramid_channels": 16, "box_fc_dim": 32, "box_conv_dim": 16, "mask_conv_dim": 16}
 
@@ -217,7 +218,7 @@ def test_lazy_config_builds_the_detector(image_text_folder) -> None:
         config, ["model.architecture.pyramid_channels=16", "model.architecture.alpha=0.1"]
     )
     model = instantiate(config.model)
-    crops = {"vlm_mode": "crops", "vlm_crop_size": 96, "vlm_box_scale": 1.1}  # the config's own choice
+    crops = {"vlm_mode": "crops", "vlm_crop_size": 0, "vlm_box_scale": 1.1}  # the config's own choice
     assert model.architecture == DetectorConfig(pyramid_channels=16, alpha=0.1, **crops)
 
 
@@ -289,6 +290,13 @@ def test_open_clips_own_tower_makes_a_detector_that_trains_and_detects(native, m
     sum(losses.values()).backward()
     assert model.backbone.net.patch_embed.weight.grad.abs().sum() > 0
     assert parts_of(model.eval(), picture()).detector.shape[1] == 4
+
+
+def test_crops_have_the_size_that_the_towers_were_trained_at_last_unless_one_is_given(image_text) -> None:
+    set_image_size(image_text.model, 64)
+    image_text.image_size = 64
+    assert small_detector(image_text, vlm_mode="crops").roi_heads.image_text_head.crop_size == 64
+    assert small_detector(image_text, vlm_mode="crops", vlm_crop_size=32).roi_heads.image_text_head.crop_size == 32
 
 
 @torch.no_grad()
