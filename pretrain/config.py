@@ -13,6 +13,8 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.parsing import check_yaml
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field and the remedy."""
@@ -217,19 +219,26 @@ def _typed(schema: type, node: dict, where: str = "") -> Any:
         raise ConfigError(f"{where}{key}: {str(error).splitlines()[0]}") from error
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Any:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
         raise ConfigError(f"no configuration file {path}{hint}")
     try:
+        check_yaml(path.read_text(encoding="utf-8"))  # OmegaConf writes aliases out
         node = OmegaConf.load(path)
     except Exception as error:  # the YAML parser's own errors have many types
         raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not OmegaConf.is_dict(node):
         raise ConfigError(f"{path} holds no `field: value` lines at its top level: start from one of configs/pretrain")
     parent = node.pop("parent", None)
-    return OmegaConf.merge(_read_yaml(path.parent / parent), node) if parent else node
+    if not parent:
+        return node
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: parent is {parent!r}: it must be the name of a YAML file")
+    if path.resolve() in children:
+        raise ConfigError(f"{path} is its own parent, directly or through others: remove the line parent")
+    return OmegaConf.merge(_read_yaml(path.parent / parent, (*children, path.resolve())), node)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig:

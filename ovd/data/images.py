@@ -5,19 +5,16 @@ Colour profiles are ignored. Writing and drawing are not done here.
 
 import io
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from pretrain.data.jpeg import picture_formats
+
 # Pillow refuses beyond twice its warning threshold; using the same figure keeps one limit whoever opens the file.
 MAX_PIXELS = 178_956_970
 SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Pillow's decoders raise all of these on damaged input.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
-
 ImageSource = str | os.PathLike | bytes | bytearray | Image.Image | np.ndarray
 
 
@@ -52,27 +49,24 @@ def read_image(source: ImageSource, upright: bool = True) -> np.ndarray:
         stream = io.BytesIO(source)
     elif isinstance(source, str | os.PathLike):
         stream = Path(source)
-        if not stream.is_file():
-            raise ImageError(f"{name}: no such file" if not stream.exists() else f"{name} is a folder, not a picture")
-        if stream.stat().st_size == 0:
-            raise ImageError(f"{name} is empty (0 bytes)")
+        _check_file(stream, name)
     else:
         raise ImageError(
             f"a picture cannot be read from {type(source).__name__}: pass a path, bytes, a PIL image or an array"
         )
     try:
-        with Image.open(stream) as image:
+        with Image.open(stream, formats=picture_formats()) as image:
             return _decode(image, name, upright)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(_too_large(name)) from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a picture in a format Pillow knows") from error
+        raise ImageError(f"{name} is not a picture in a format that is read here") from error
     except PermissionError as error:
         raise ImageError(f"{name} may not be read: permission denied") from error
-    except _DECODER_ERRORS as error:
-        raise ImageError(f"{name} cannot be decoded: {error}") from error
+    except Exception as error:  # decoders raise many types on damaged input
+        raise ImageError(f"{name} cannot be decoded: {_reason(error)}") from error
 
 
 def _decode(image: Image.Image, name: str, turn: bool) -> np.ndarray:
@@ -88,16 +82,16 @@ def _decode(image: Image.Image, name: str, turn: bool) -> np.ndarray:
         return np.ascontiguousarray(_to_rgb(ImageOps.exif_transpose(image) if turn else image, name))
     except ImageError:
         raise
-    except _DECODER_ERRORS as error:
-        raise ImageError(f"{name} cannot be decoded: {error}") from error
+    except Exception as error:  # decoders raise many types on damaged input
+        raise ImageError(f"{name} cannot be decoded: {_reason(error)}") from error
 
 
 def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255 instead of scaling
-        grey = np.asarray(image).astype(np.float64)
+        grey = np.asarray(image).astype(np.float32)
         if grey.max() > 255:
-            grey = grey / 257.0
-        grey = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+            grey /= 257.0
+        grey = np.clip(np.rint(grey, out=grey), 0, 255, out=grey).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "F":
         raise ImageError(f"{name} holds floating-point values without a known range: save it with 8 bits a channel")
@@ -123,6 +117,24 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise ImageError(_too_large(name))
     return np.ascontiguousarray(_to_rgb(Image.fromarray(array), name))
+
+
+def _check_file(path: Path, name: str) -> None:
+    try:
+        if path.is_dir():
+            raise ImageError(f"{name} is a folder, not a picture")
+        if not path.exists():
+            raise ImageError(f"{name}: no such file")
+        if not path.is_file():  # a pipe would wait forever, a device never end
+            raise ImageError(f"{name} is a pipe or a device, not a file")
+        if path.stat().st_size == 0:
+            raise ImageError(f"{name} is empty (0 bytes)")
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ImageError(f"{name} cannot be opened: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _too_large(name: str) -> str:

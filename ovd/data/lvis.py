@@ -6,7 +6,6 @@ own loader is not used because it only takes polygons. Evaluation is in `ovd.eva
 """
 
 import functools
-import json
 import logging
 import re
 from pathlib import Path
@@ -16,6 +15,9 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+
+from ovd.data.annotation_check import check_structure
+from pretrain.parsing import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +64,13 @@ def read_ground_truth(path: str | Path, drop_empty_boxes: bool = False) -> dict[
             remedy = "give the path of an LVIS or COCO annotation file"
         raise FileNotFoundError(f"annotation file {path} does not exist: {remedy}")
     try:
-        ground_truth = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        ground_truth = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch or make it again") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(ground_truth, dict) or not isinstance(ground_truth.get(key), list):
             raise ValueError(f"{path} has no list {key!r}: it is not an LVIS or COCO annotation file")
+    check_structure(ground_truth, str(path))
     if drop_empty_boxes:
         _drop_empty_boxes(path, ground_truth)
     if not ground_truth["annotations"]:
@@ -104,9 +107,11 @@ def _check_annotations(path: Path, ground_truth: dict) -> None:
     seen: set[int] = set()
     for a in ground_truth["annotations"]:
         where = f"{path}: annotation {a.get('id')}"
-        if a.get("id") in seen:
+        if "id" not in a:
+            raise ValueError(f"{where} has no id; give each annotation its own")
+        if a["id"] in seen:
             raise ValueError(f"{where} exists twice; ids must be unique")
-        seen.add(a.get("id"))
+        seen.add(a["id"])
         if a.get("category_id") not in category_ids:
             raise ValueError(f"{where} has category {a.get('category_id')}, which the file does not list")
         if a.get("image_id") not in images:
@@ -114,6 +119,8 @@ def _check_annotations(path: Path, ground_truth: dict) -> None:
         if not isinstance(a.get("bbox"), list) or len(a["bbox"]) != 4:
             raise ValueError(f"{where} has no box [x, y, width, height]")
         image = images[a["image_id"]]
+        if image.get("width") is None:
+            raise ValueError(f"{path}: image {image['id']} has no width and height; add them, in pixels")
         x, y, w, h = a["bbox"]
         if w <= 0 or h <= 0:
             raise ValueError(f"{where} has an empty box {a['bbox']}")

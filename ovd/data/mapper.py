@@ -18,6 +18,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, polygons_
 from PIL import Image
 from pycocotools import mask as mask_tools
 
+from ovd.data.annotation_check import check_mask
 from ovd.data.images import ImageError, read_image
 from ovd.data.regions import place_regions, read_regions
 
@@ -173,6 +174,7 @@ def _bitmask(annotation: dict, size: tuple[int, int]) -> np.ndarray:
     segmentation = annotation.get("segmentation")
     if not segmentation:
         raise ValueError(f"annotation {annotation.get('id')} has no segmentation: train with with_masks=False")
+    check_mask(segmentation, size, f"annotation {annotation.get('id')}")
     if isinstance(segmentation, dict):
         if isinstance(segmentation["counts"], list):
             segmentation = mask_tools.frPyObjects(segmentation, *size)

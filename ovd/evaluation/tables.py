@@ -4,7 +4,6 @@ Six million detections take 300 MB as columns and several GB as dictionaries, so
 columns. Formats: LVIS and COCO annotation files, and their results files (Gupta et al. 2019; Lin et al. 2014).
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -13,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_codec
+
+from ovd.data.annotation_check import check_mask, check_structure
+from pretrain.parsing import parse_json
 
 IOU_TYPES = ("bbox", "segm")
 FREQUENCIES = ("r", "c", "f")  # LVIS: seen in 1-10, 11-100, more than 100 training pictures
@@ -75,8 +77,10 @@ def read_json(source: Any) -> Any:
     """Return the content of a path; anything else is returned as it is."""
     if not isinstance(source, (str, Path)):
         return source
-    with open(source, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        return parse_json(Path(source).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{source} is not valid JSON ({error}); write it again") from error
 
 
 def places(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -168,8 +172,10 @@ def read_coco(source: str | Path | Mapping[str, Any], iou_type: str, category_id
 def _checked_content(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     content = read_json(source)
     for field in ("images", "categories", "annotations"):
-        if field not in content:
+        if not isinstance(content, Mapping) or field not in content:
             raise ValueError(f"the ground truth has no {field!r}; give an LVIS or COCO annotation file")
+    name = str(source) if isinstance(source, (str, Path)) else "the ground truth"
+    check_structure(content, name)
     if not content["images"] or not content["categories"]:
         raise ValueError("the ground truth has no images or no categories; give an annotation file that has some")
     return content
@@ -195,9 +201,12 @@ def _columns(
         if annotation.get("ignore") and not with_crowds:  # COCO's own evaluation reads iscrowd instead
             raise ValueError(f"annotation {annotation.get('id', number)} is marked ignore; LVIS has none, remove it")
         for field in needed:
-            if field not in annotation or annotation[field] == []:
+            if field not in annotation or annotation[field] is None or annotation[field] == []:
                 raise ValueError(f"annotation {annotation.get('id', number)} has no {field}; {iou_type} needs it")
     sizes = [(i.get("height"), i.get("width")) for i in images]
+    sizes = [(None, None) if None in size else (int(size[0]), int(size[1])) for size in sizes]
+    if iou_type == "segm" and (None, None) in sizes:
+        raise ValueError("an image of the ground truth has no width and height; segm evaluation needs them")
     boxes, masks = np.zeros((len(annotations), 4)), None
     if iou_type == "bbox":
         boxes = np.asarray([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
@@ -271,28 +280,44 @@ def _refuse(bad: np.ndarray, message: Callable[[int], str]) -> None:
 def _table_of_list(results: Any, key: str, iou_type: str) -> DetectionTable:
     if isinstance(results, Mapping) or not isinstance(results, Sequence):
         raise ValueError(f"results must be a list of detections, got {type(results).__name__}")
-    columns = {}
-    for field in ("image_id", "category_id", "score", key):
-        try:
-            columns[field] = [result[field] for result in results]
-        except KeyError:
-            number = next(n for n, result in enumerate(results) if field not in result)
-            raise ValueError(
-                f"result {number} has no {field}; {iou_type} evaluation needs it in every result"
-            ) from None
+    try:
+        return _columns_of_list(results, key)
+    except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
+        for number, result in enumerate(results):
+            _refuse_row(result, number, key, iou_type)
+        raise
+
+
+def _columns_of_list(results: Sequence[Mapping[str, Any]], key: str) -> DetectionTable:
+    columns = {field: [result[field] for result in results] for field in ("image_id", "category_id", "score", key)}
     boxes = None
     if key == "bbox":
-        for number in (n for n, box in enumerate(columns[key]) if len(box) != 4):
-            raise ValueError(f"result {number} has bbox {columns[key][number]}; give x, y, width and height")
+        if any(len(box) != 4 for box in columns[key]):
+            raise ValueError("a box has not four values")
         flat = np.fromiter((value for box in columns[key] for value in box), np.float64, 4 * len(results))
         boxes = flat.reshape(-1, 4)
     return DetectionTable(
-        np.asarray(columns["image_id"], np.int64),
-        np.asarray(columns["category_id"], np.int64),
-        np.asarray(columns["score"], np.float64),
+        np.asarray(columns["image_id"], np.int64).reshape(len(results)),
+        np.asarray(columns["category_id"], np.int64).reshape(len(results)),
+        np.asarray(columns["score"], np.float64).reshape(len(results)),
         boxes,
         columns[key] if key == "segmentation" else None,
     )
+
+
+def _refuse_row(result: Any, number: int, key: str, iou_type: str) -> None:
+    """Say what is wrong with the row that `_columns_of_list` cannot read, if it is this one."""
+    if not isinstance(result, Mapping):
+        raise ValueError(f"result {number} is a {type(result).__name__}, not a detection with its fields")
+    for field in ("image_id", "category_id", "score", key):
+        if field not in result:
+            raise ValueError(f"result {number} has no {field}; {iou_type} evaluation needs it in every result")
+    if key == "bbox" and (not hasattr(result[key], "__len__") or len(result[key]) != 4):
+        raise ValueError(f"result {number} has bbox {result[key]!r:.60}; give x, y, width and height")
+    try:
+        _columns_of_list([result], key)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"result {number} has a value that is no number in its range ({error})") from error
 
 
 def _checked_masks(results: DetectionTable, ground_truth: GroundTruth, image: np.ndarray) -> list[Mapping[str, Any]]:
@@ -300,9 +325,12 @@ def _checked_masks(results: DetectionTable, ground_truth: GroundTruth, image: np
         if not isinstance(mask, Mapping) or "counts" not in mask:
             raise ValueError(f"result {number} has a segmentation that is not run lengths; encode its mask")
         size = ground_truth.sizes[image[number]]
+        if not isinstance(mask.get("size"), (list, tuple)):
+            raise ValueError(f"result {number} has a mask without its size (height, width); encode it again")
         if tuple(mask["size"]) != size:
             raise ValueError(
                 f"result {number} has a mask of size {tuple(mask['size'])}, but image {results.image_ids[number]} has "
                 f"{size} (height, width); resize masks to the original picture"
             )
+        check_mask(mask, size, f"result {number}")
     return [run_lengths(mask, tuple(mask["size"])) for mask in results.masks]

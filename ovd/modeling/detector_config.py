@@ -126,7 +126,10 @@ class DetectorConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "DetectorConfig":
         """Build from a plain dict; an unknown key is a ValueError that names it."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
         if unknown:
             raise ValueError(f"unknown detector field(s) {', '.join(unknown)}; known are the fields of DetectorConfig")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:  # a text where a number is compared, a number where a list is taken apart
+            raise ValueError(f"a detector field has a value of the wrong type ({error}); correct it") from error

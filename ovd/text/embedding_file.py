@@ -20,6 +20,7 @@ from ovd.text.embeddings import read_matrix, tokenizer_identity
 from ovd.text.vocabulary import Vocabulary
 from pretrain.atomic import replacing
 from pretrain.modeling.checkpoint import ImageTextModel
+from pretrain.parsing import parse_json
 
 SUFFIX = ".safetensors"
 _FORMAT = 1
@@ -140,23 +141,37 @@ def _read(path: Path) -> tuple[EmbeddingFileInfo, Tensor]:
         raise ValueError(f"embedding file {path} does not exist; check the path, or {_recompute(path)}")
     try:
         with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_HEADER])
-            version = content.get("format")
-            if version != _FORMAT:
-                raise ValueError(f"embedding file {path} has format {version}, not {_FORMAT}; {_recompute(path)}")
+            content = parse_json((file.metadata() or {})[_HEADER])
             matrix = file.get_tensor(_TENSOR)
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        version = content["format"]
+        info = _info_from(content) if version == _FORMAT else None
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(
             f"{path} is damaged or no embedding file of this package ({error}); {_recompute(path)}"
         ) from error
-    content["synonyms"] = tuple(tuple(names) for names in content["synonyms"])
-    for name in ("words", "templates"):
-        content[name] = tuple(content[name])
-    info = EmbeddingFileInfo(**content)
+    if info is None:
+        raise ValueError(f"embedding file {path} has format {version!r:.20}, not {_FORMAT}; {_recompute(path)}")
+    if not matrix.isfinite().all():
+        raise ValueError(f"{path} holds values that are not finite (NaN or infinite); {_recompute(path)}")
     if tuple(matrix.shape) != (len(info.words), info.dimension):
         raise ValueError(f"{path} holds a matrix of shape {tuple(matrix.shape)} that its header contradicts; "
                          f"{_recompute(path)}")  # fmt: skip
     return info, matrix
+
+
+def _info_from(content: dict) -> EmbeddingFileInfo:
+    """The header's description; TypeError or ValueError where it is not what `save_embeddings` writes."""
+    words, templates = _texts(content["words"]), _texts(content["templates"])
+    synonyms = tuple(_texts(names) for names in content["synonyms"])
+    if not words or len(synonyms) != len(words) or not all(synonyms):
+        raise ValueError("its words have not a phrase each")
+    return EmbeddingFileInfo(**{**content, "words": words, "templates": templates, "synonyms": synonyms})
+
+
+def _texts(values: list) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r:.60} is no list of texts")
+    return tuple(values)
 
 
 def _recompute(path: Path) -> str:

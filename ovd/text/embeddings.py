@@ -32,7 +32,7 @@ def class_prompts(vocabulary: Vocabulary, templates: Sequence[str], use_synonyms
     Raises:
         ValueError: no template, or one without "{}".
     """
-    bad = [template for template in templates if "{}" not in template]
+    bad = [t for t in templates if not isinstance(t, str) or "{}" not in t]
     if bad or not templates:
         raise ValueError(
             f"prompt template {bad[0]!r} has no {{}} for the word" if bad else "no prompt templates; give one"
@@ -105,14 +105,18 @@ def read_matrix(path: str | Path, num_classes: int, embed_dim: int) -> Tensor:
         raise ValueError(f"embedding file {path} does not exist; check the path")
     try:
         matrix = np.load(path, allow_pickle=False)
+        if matrix.dtype.kind not in "fiu":  # casting would drop imaginary parts and count days
+            raise ValueError(f"its type is {matrix.dtype}")
         matrix = matrix.astype(np.float32)
-    except (ValueError, EOFError, AttributeError) as error:  # AttributeError: an archive of several arrays
+    except Exception as error:  # numpy raises many types: for an archive, a header that lies, more than fits
         raise ValueError(f"embedding file {path} is not a .npy matrix of numbers; write it with numpy.save") from error
     if matrix.shape != (num_classes, embed_dim):
         raise ValueError(
             f"embedding file {path} has shape {matrix.shape}, but the vocabulary and the model need "
             f"({num_classes}, {embed_dim}); embed the same words with the model's own text tower"
         )
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"embedding file {path} holds values that are not finite (NaN or infinite); make it again")
     return F.normalize(torch.from_numpy(matrix), dim=-1)
 
 
@@ -153,12 +157,15 @@ def read_templates(path: str | Path) -> tuple[str, ...]:
     """Prompt templates from a UTF-8 text file, one a line; blank lines are skipped.
 
     Raises:
-        ValueError: no such file, no template in it, or one without "{}".
+        ValueError: no such file, no template in it, not UTF-8, or one without "{}".
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"template file {path} does not exist; check the path")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"template file {path} is not UTF-8 text; save it as UTF-8") from error
     templates = tuple(line for line in lines if line)
     wrong = [line for line in templates if "{}" not in line]
     if wrong or not templates:

@@ -3,12 +3,13 @@
 This file does not embed anything: see `embeddings.py`.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pretrain.parsing import parse_json
 
 
 def normalize_word(word: str) -> str:
@@ -48,11 +49,15 @@ class Vocabulary:
         Raises:
             ValueError: no word is left.
         """
+        if not isinstance(words, Iterable):
+            raise ValueError(f"words are {words!r}; give a list of words, or one text with commas")
         kept: dict[str, str] = {}
         duplicates = []
         for word in words:
             if not isinstance(word, str):
                 raise ValueError(f"{source} holds {word!r}, but a word is text; write it in quotes")
+            if any("\ud800" <= letter <= "\udfff" for letter in word):
+                raise ValueError(f"{source} holds {word!r}, which has half a letter in it; write it as UTF-8")
             key = normalize_word(word)
             if not key:
                 continue
@@ -74,11 +79,21 @@ class Vocabulary:
     @classmethod
     def from_categories(cls, categories: Sequence[dict], source: str = "the categories") -> "Vocabulary":
         """From LVIS or COCO categories, sorted by id, so that class i is the i-th category. Nothing is merged: two
-        categories with the same words stay two classes. "synonyms" are kept as further phrases."""
+        categories with the same words stay two classes. "synonyms" are kept as further phrases.
+
+        Raises:
+            ValueError: there is none, or one without a whole number as id, without a name, or with odd synonyms.
+        """
+        for category in categories:
+            if not isinstance(category, dict) or type(category.get("id")) is not int:
+                raise ValueError(f"{source} has {category!r:.80} for a category; each needs an id, a whole number")
+            texts = category.get("synonyms", [])
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{source}: the synonyms of category {category['id']} must be a list of texts")
         ordered = sorted(categories, key=lambda category: category["id"])
         if not ordered:
             raise ValueError(f"{source} holds no categories, but a vocabulary needs at least one; add one")
-        nameless = [c["id"] for c in ordered if not str(c.get("name", "")).strip()]
+        nameless = [c["id"] for c in ordered if not isinstance(c.get("name"), str) or not c["name"].strip()]
         if nameless:
             raise ValueError(f"{source} has categories without a name (ids {nameless[:5]}); give each a name")
         names = tuple(c["name"] for c in ordered)
@@ -87,9 +102,10 @@ class Vocabulary:
     @classmethod
     def from_json(cls, path: str | Path) -> "Vocabulary":
         """From an LVIS or COCO annotation file ("categories"), a list of categories, or a list of words."""
+        text = _read(Path(path))
         try:
-            content = json.loads(_read(Path(path)))
-        except json.JSONDecodeError as error:
+            content = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"vocabulary file {path} is not valid JSON ({error}); check the file") from error
         if isinstance(content, dict):
             content = content.get("categories")
@@ -116,7 +132,7 @@ class Vocabulary:
         return cls.from_words(words)
 
 
-def _is_file(text: str) -> bool:
+def _is_file(text: str | Path) -> bool:
     try:
         return Path(text).is_file()
     except (OSError, ValueError):  # a long comma list is no possible file name
@@ -124,7 +140,7 @@ def _is_file(text: str) -> bool:
 
 
 def _read(path: Path) -> str:
-    if not path.is_file():
+    if not _is_file(path):
         raise ValueError(
             f"vocabulary file {path} does not exist; check the path, or give the words separated by commas"
         )

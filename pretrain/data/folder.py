@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pretrain.config import ConfigError
-from pretrain.data.jpeg import JpegPicture, open_picture, unreadable, upright
+from pretrain.data.jpeg import JpegPicture, check_regular, open_file, open_picture, unreadable, upright
 
 
 def read_table(path: str | Path) -> list[dict[str, str]]:
@@ -19,7 +19,7 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     A row with several captions and no `caption` of its own gets the first of them.
 
     Raises:
-        ConfigError: if the file is missing, empty or lacks a column.
+        ConfigError: if the file is missing, damaged, empty or lacks a column.
     """
     path = Path(path)
     if not path.is_file():
@@ -28,10 +28,12 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     if path.suffix == ".parquet":
         import pandas  # an optional format, an optional dependency
 
-        rows = pandas.read_parquet(path).fillna("").astype(str).to_dict("records")
+        try:
+            rows = pandas.read_parquet(path).fillna("").astype(str).to_dict("records")
+        except Exception as error:  # the readers behind pandas raise many types
+            raise ConfigError(f"{path} cannot be read as Parquet ({_first_line(error)}): write it again") from error
     else:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = _read_csv(path)
     if not rows:
         raise ConfigError(f"{path} has no rows")
     several = "captions" in rows[0]
@@ -42,6 +44,35 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
         for row in rows:
             row["caption"] = row.get("caption") or next(iter(split_captions(row)), "")
     return rows
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read as CSV in UTF-8 ({_first_line(error)}): save it again so") from error
+    for row in rows:
+        row.pop(None, None)  # values beyond the last column
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def read_words(path: str | Path) -> list[str]:
+    """The lines of a word list, for `data.withhold`.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not UTF-8.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"data.withhold: no word list at {path}")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.withhold: {path} is not UTF-8 text; save it as UTF-8") from error
 
 
 def split_captions(row: dict[str, str]) -> list[str]:
@@ -147,7 +178,7 @@ class ImageStore:
             return Image.fromarray(self._cache[name])
         path = self._root / name
         try:
-            with Image.open(path) as file:
+            with open_file(path) as file:
                 image = upright(file)
         except Exception as error:  # decoders raise many types
             raise unreadable(str(path), error) from error
@@ -165,8 +196,9 @@ class ImageStore:
             return self.read(name)
         path = self._root / name
         try:
+            check_regular(path)
             content = path.read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
             raise unreadable(str(path), error) from error
         return open_picture(content, str(path))
 
@@ -229,7 +261,11 @@ def read_backgrounds(folder: str | None, longest_side: int = 512) -> list[Image.
         )
     photos = []
     for path in paths:
-        photo = Image.open(path).convert("RGB")
+        try:
+            with open_file(path) as file:
+                photo = file.convert("RGB")
+        except Exception as error:  # decoders raise many types
+            raise ConfigError(f"data.backgrounds: {unreadable(str(path), error)}; remove or replace it") from error
         photo.thumbnail((longest_side, longest_side), Image.Resampling.BILINEAR, reducing_gap=3.0)
         photos.append(photo)
     return photos

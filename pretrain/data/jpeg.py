@@ -5,9 +5,10 @@ anti-aliased reduction. Nothing here chooses the region: that is the training vi
 """
 
 import io
+from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # The decoder leaves at least this many times the wanted pixels per side; the resize does the rest. Against full
 # decoding (17 photographs, qualities 75 to 95, random regions to 64 px, bilinear) the mean error of an image is at most
@@ -29,8 +30,41 @@ _ORIENTATIONS = {
 }
 
 
+# Pillow knows more, but some of those start another program (EPS does Ghostscript), and a file is what its content says
+# it is, whatever it is called. HEIF and JXL are there where a plugin for them is.
+_FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "JXL", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
+
+
+def picture_formats() -> tuple[str, ...]:
+    """The formats that files of others are read as, for `PIL.Image.open`: those that only decode."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def open_file(path: str | Path) -> Image.Image:
+    """Open a picture file, with only its header read.
+
+    Raises:
+        OSError: if it is no regular file (a pipe would wait forever, a device never end) or no picture.
+    """
+    path = Path(path)
+    check_regular(path)
+    return Image.open(path, formats=picture_formats())
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError where something is there that is no file."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is a folder, a pipe or a device, not a file")
+
+
 def unreadable(name: str, error: Exception) -> OSError:
     """The one sentence about a picture that cannot be decoded."""
+    if isinstance(error, UnidentifiedImageError):  # its own text names an object in memory
+        return OSError(f"{name} cannot be read as an image (no format that is read here)")
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return OSError(f"{name} cannot be read as an image ({reason})")
 
@@ -52,7 +86,7 @@ def open_picture(content: bytes, name: str) -> "Image.Image | JpegPicture":
         OSError: if it is no image, or (not a JPEG) does not decode; a damaged JPEG shows when it is resized.
     """
     try:
-        file = Image.open(io.BytesIO(content))
+        file = Image.open(io.BytesIO(content), formats=picture_formats())
         return JpegPicture(file, content, name) if file.format == "JPEG" else upright(file)
     except Exception as error:  # decoders raise many types
         raise unreadable(name, error) from error
@@ -106,7 +140,7 @@ class JpegPicture:
         self, size: tuple[int, int], resample: Image.Resampling, box: tuple[float, ...], options: dict[str, Any]
     ) -> Image.Image:
         # A decoded file cannot be decoded at another scale: a second call opens it again.
-        file = self._file or Image.open(io.BytesIO(self._content))
+        file = self._file or Image.open(io.BytesIO(self._content), formats=("JPEG",))
         self._file = None
         if self._turn:
             box = self._stored_box(box, file.size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from pretrain.config import ConfigError, DataConfig
-from pretrain.data.folder import ImageStore, read_backgrounds, read_table, select_split, withhold_words
+from pretrain.data.folder import ImageStore, read_backgrounds, read_table, read_words, select_split, withhold_words
 from pretrain.data.shards import ShardSource
 
 
@@ -86,11 +86,8 @@ def _training_rows(
     rows = select_split(table, config.train_split, config.table)
     notes = [f"{len(rows)} training pairs from {config.table}"]
     if config.withhold:
-        path = Path(config.withhold)
-        if not path.is_file():
-            raise ConfigError(f"data.withhold: no word list at {path}")
-        rows, dropped = withhold_words(rows, path.read_text(encoding="utf-8").splitlines())
-        notes.append(f"{dropped} pairs withheld: their text has a word of {path}")
+        rows, dropped = withhold_words(rows, read_words(config.withhold))
+        notes.append(f"{dropped} pairs withheld: their text has a word of {Path(config.withhold)}")
     empty = sum(not row["caption"].strip() for row in rows)
     rows = [row for row in rows if row["caption"].strip()]
     if empty:

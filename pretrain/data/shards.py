@@ -7,8 +7,8 @@ nor processes keep state. Shards are files; mount remote storage.
 
 import glob
 import hashlib
-import json
 import os
+import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -22,13 +22,16 @@ from tqdm import tqdm
 
 from pretrain.atomic import replacing
 from pretrain.config import ConfigError, DataConfig
-from pretrain.data.folder import LeftOut, WordFilter
+from pretrain.data.folder import LeftOut, WordFilter, read_words
 from pretrain.data.jpeg import JpegPicture, open_picture
+from pretrain.parsing import parse_json
 
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _INDEX_VERSION = 1
 _BLOCK = 512  # bytes of a tar header, and what members are padded to
 _OPEN_SHARDS = 64  # per process: a descriptor and an index (48 bytes a pair) each
+_MAX_IMAGE, _MAX_TEXT = 2**29, 2**24  # bytes of a member: more is no photograph, and no caption
+_MAX_SHARDS = 1_000_000  # in a brace range
 _SCANNING_THREADS = 8  # scanning waits for the disk most of the time
 
 
@@ -56,15 +59,17 @@ def scan_shard(path: Path) -> ShardIndex:
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
+                    if member.size < 0:  # would lead back to what was read, over and over
+                        raise tarfile.TarError("negative size")
                     end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                     if member.isfile() and member.offset_data + member.size <= size:
                         _add_member(keys, member)
                     elif member.isfile():
                         keys.setdefault(_split_name(member.name)[0], [0, -1] * 3)
                     archive.members = []  # or it keeps them all
-        except tarfile.TarError:  # cut in the middle of a member, or no archive; told below
+        except Exception:  # cut within a member, no archive, or headers that lead the parser astray; told below
             pass
-        file.seek(end)
+        file.seek(min(end, size))
         # An archive ends with zeros; where something else or nothing follows the last member, the rest is missing.
         cut = file.read(_BLOCK) != bytes(_BLOCK)
     complete = [row for row in keys.values() if row[1] > 0 and max(row[3], row[5]) >= 0]
@@ -133,6 +138,9 @@ def expand_shards(pattern: str) -> list[Path]:
         from braceexpand import braceexpand  # comes with webdataset, the extra `shards`
     except ImportError as error:
         raise ConfigError("data.shards needs the package braceexpand: pip install 'reclip-ovd[shards]'") from error
+    for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
+        if len(first) > 9 or len(last) > 9 or abs(int(last) - int(first)) > _MAX_SHARDS:
+            raise ConfigError(f"data.shards: {{{first}..{last}}} names more than {_MAX_SHARDS:,} files; shorten it")
     paths: list[Path] = []
     for name in (name for part in pattern.split("::") for name in braceexpand(part)):
         found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * Path(name).is_file()
@@ -183,11 +191,7 @@ class ShardSource:
         Raises:
             ConfigError: for a pattern without files, a missing word list, or shards without pairs.
         """
-        words = []
-        if config.withhold:
-            if not Path(config.withhold).is_file():
-                raise ConfigError(f"data.withhold: no word list at {config.withhold}")
-            words = Path(config.withhold).read_text(encoding="utf-8").splitlines()
+        words = read_words(config.withhold) if config.withhold else []
         return cls(expand_shards(config.shards), config.caption_keys, words)
 
     def _describe(self, incomplete: int, cut: list[Path]) -> list[str]:
@@ -230,8 +234,16 @@ class ShardSource:
         captions = self._captions(shard, file, text, image_at)
         if self._withheld.matches(captions):
             raise _Withheld(f"{self._name(shard, file, image_at)}: a word of data.withhold")
-        content = os.pread(file, image_size, image_at)
-        return open_picture(content, self._name(shard, file, image_at)), {"captions": captions}
+        name = self._name(shard, file, image_at)
+        if image_size > _MAX_IMAGE:
+            raise OSError(f"{name} has {image_size} bytes, more than any picture")
+        return open_picture(os.pread(file, image_size, image_at), name), {"captions": captions}
+
+    @staticmethod
+    def _text(file: int, size: int, at: int) -> bytes:
+        if size > _MAX_TEXT:
+            raise ValueError(f"{size} bytes of text")
+        return os.pread(file, size, at)
 
     def _captions(self, shard: int, file: int, text: list[int], image_at: int) -> list[str]:
         text_at, text_size, json_at, json_size = text
@@ -240,10 +252,10 @@ class ShardSource:
             fields = None
             for key in self._caption_keys:
                 if key == "txt":
-                    value = os.pread(file, text_size, text_at).decode() if text_size > 0 else ""
+                    value = self._text(file, text_size, text_at).decode() if text_size > 0 else ""
                 else:
                     if fields is None:
-                        fields = json.loads(os.pread(file, json_size, json_at)) if json_size > 0 else {}
+                        fields = parse_json(self._text(file, json_size, json_at)) if json_size > 0 else {}
                     value = fields.get(key)
                 found += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
         except (ValueError, AttributeError) as error:  # not UTF-8, not JSON, not an object

@@ -26,9 +26,11 @@ from pretrain.atomic import replacing, write_atomically
 from pretrain.config import ModelConfig
 from pretrain.modeling.clip import build_model, open_clip_config, set_image_size
 from pretrain.modeling.position_embedding import resample_grid
+from pretrain.parsing import parse_json
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+_MAX_IMAGE_SIZE = 8192  # pixels: a position table has an entry for every patch
 POSITIONS_FILE = "image_positions.safetensors"
 _POSITIONS = "visual.trunk.pos_embed"
 
@@ -157,7 +159,7 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> I
     if weights is None:
         raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}: the checkpoint is incomplete, copy it again")
     try:
-        config = json.loads(config_path.read_text())
+        config = _read_config(config_path, weights.stat().st_size)
         model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}", device=device)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     except Exception as error:  # open_clip raises many types for damaged files and shapes that do not fit
@@ -165,7 +167,7 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> I
         raise CheckpointError(
             f"{folder} cannot be loaded ({reason}); its configuration and weights must belong together"
         ) from error
-    preprocess = config.get("preprocess_cfg", {})
+    preprocess = config["preprocess_cfg"]
     size = preprocess.get("size", config["model_cfg"]["vision_cfg"].get("image_size", 224))
     weights_fingerprint = fingerprint(weights)
     if config.get("trained_image_size", size) != size:
@@ -181,6 +183,67 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> I
         fingerprint=weights_fingerprint,
         preprocess={**model.visual.preprocess_cfg, "size": model.visual.image_size},
     )
+
+
+def _read_config(path: Path, weight_bytes: int) -> dict:
+    """The configuration, where it is one that can be tried: of the right types, and no larger than its weights.
+
+    open_clip builds whatever it says, so a folder of others could fill the memory, or have files fetched and run.
+    """
+    try:
+        config = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): copy the folder again") from error
+    model = config.get("model_cfg") if isinstance(config, dict) else None
+    towers = [model.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(model, dict) else []
+    preprocess = config.get("preprocess_cfg", {}) if isinstance(config, dict) else None
+    if not towers or not all(isinstance(tower, dict) for tower in towers) or not isinstance(preprocess, dict):
+        raise CheckpointError(f"{path} has no model_cfg with vision_cfg and text_cfg: it is no open_clip configuration")
+    if "trust_remote_code" in json.dumps(config):
+        raise CheckpointError(f"{path} asks for code from elsewhere (trust_remote_code), which is not run: remove that")
+    needed = _least_parameters(path, model)
+    if needed > weight_bytes:
+        raise CheckpointError(f"{path} describes {needed:.1e} parameters or more, and its weights are {weight_bytes} "
+                              "bytes: they are cut off, or of another model; copy the folder again")  # fmt: skip
+    for name in ("mean", "std"):
+        values = preprocess.get(name, [0.5] * 3)
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
+            raise CheckpointError(f"{path}: preprocess_cfg.{name} is {str(values)[:60]}; it must be three numbers")
+    sizes = {
+        "preprocess_cfg.size": preprocess.get("size", 224),
+        "trained_image_size": config.get("trained_image_size", 224),
+    }
+    for name, value in sizes.items():
+        sides = value if isinstance(value, list) and len(value) == 2 else [value]
+        if not all(type(side) is int and 1 <= side <= _MAX_IMAGE_SIZE for side in sides):
+            raise CheckpointError(f"{path}: {name} is {str(value)[:60]}; it must be 1 to {_MAX_IMAGE_SIZE} pixels")
+    return {**config, "preprocess_cfg": preprocess}
+
+
+def _least_parameters(path: Path, model: dict) -> int:
+    """A lower bound of the parameters that the numbers of a model's configuration ask for; no parameter is under a
+    byte."""
+
+    def number(tower: dict, name: str, default: int, limit: int) -> int:
+        value = tower.get(name, default)
+        value = max(value) if isinstance(value, list) and value and all(type(v) is int for v in value) else value
+        if type(value) is not int or not 0 <= value <= limit:
+            raise CheckpointError(f"{path}: {name} is {str(value)[:60]}; it must be a whole number up to {limit}")
+        return value
+
+    embed_dim, text, image = number(model, "embed_dim", 0, 10**6), model["text_cfg"], model["vision_cfg"]
+    number(image, "image_size", 224, _MAX_IMAGE_SIZE)
+    needed = 0
+    if not text.get("hf_model_name"):
+        width, layers = number(text, "width", 512, 10**6), number(text, "layers", 12, 10**4)
+        tokens = number(text, "vocab_size", 49408, 10**8) + number(text, "context_length", 77, 10**6)
+        needed += width * (tokens + embed_dim) + 12 * layers * width * width
+    if not image.get("timm_model_name"):
+        width = number(image, "width", 768, 10**6)
+        layers = image.get("layers", 12)
+        # Four numbers are the stages of a ResNet, whose blocks are narrow.
+        needed += 0 if isinstance(layers, list) else 12 * number(image, "layers", 12, 10**4) * width * width
+    return needed
 
 
 def initial_model(config: ModelConfig) -> CustomTextCLIP:
@@ -210,10 +273,18 @@ def _restore_positions(path: Path, model: nn.Module, size: int, weights_fingerpr
     """Give the image tower the size and position table that it was trained with last."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing (the towers were trained at {size} px): copy the whole folder again")
-    with safe_open(path, framework="pt") as file:
-        if file.metadata().get("weights_sha256") != weights_fingerprint:
-            raise CheckpointError(f"{path} belongs to other weights than {WEIGHTS_FILE}: copy the whole folder again")
-        table = file.get_tensor(_POSITIONS)
-    set_image_size(model, size)
-    with torch.no_grad():
-        model.visual.trunk.pos_embed.copy_(table)
+    try:
+        with safe_open(path, framework="pt") as file:
+            made_for = (file.metadata() or {}).get("weights_sha256")
+            table = file.get_tensor(_POSITIONS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): copy the whole folder again") from error
+    if made_for != weights_fingerprint:
+        raise CheckpointError(f"{path} belongs to other weights than {WEIGHTS_FILE}: copy the whole folder again")
+    try:
+        set_image_size(model, size)
+        with torch.no_grad():
+            model.visual.trunk.pos_embed.copy_(table)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path} does not fit a tower of {size} px ({reason}): copy the folder again") from error
