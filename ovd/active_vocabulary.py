@@ -132,7 +132,12 @@ class VocabularyBuilder:
             return self._embed(vocabulary, templates, use_synonyms)
         if isinstance(given, (str, Path)):
             return load_embeddings(given, vocabulary, self.image_text)
-        given = torch.as_tensor(given)
+        try:
+            given = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError) as error:  # objects, texts, rows of several lengths
+            raise ValueError(f"embeddings must be a matrix of numbers or a file, not {type(given).__name__}") from error
+        if given.ndim != 2 or given.is_complex():
+            raise ValueError(f"embeddings have the shape {tuple(given.shape)}; give (words, width), real numbers")
         if len(given) != len(vocabulary):
             raise ValueError(f"{len(given)} embeddings for {len(vocabulary)} words; give one row for each word")
         return given

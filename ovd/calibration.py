@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.atomic import write_atomically
+from pretrain.parsing import parse_json
 
 CALIBRATION = "calibration.json"
 FORMAT = 1
@@ -159,15 +160,17 @@ def read_calibration(path: str | Path) -> ScoreCalibration:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r} where this version reads {FORMAT}")
         curves: dict[bool, dict[int, Curve]] = {}
         for entry in content["curves"]:
             table = curves.setdefault(bool(entry["competitors"]), {})
-            table[int(entry["words"])] = _checked(entry["scores"], entry["shares"])
-        if not curves:
-            raise ValueError("no curves")
+            if not isinstance(entry["words"], int) or entry["words"] < 1:
+                raise ValueError(f"{entry['words']!r} is no number of words")
+            table[entry["words"]] = _checked(entry["scores"], entry["shares"])
+        if not curves or not isinstance(content["settings"], dict):
+            raise ValueError("no curves, or no settings")
         return ScoreCalibration(curves, content["settings"], content.get("measured", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

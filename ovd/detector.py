@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ovd.active_vocabulary import ActiveVocabulary, VocabularyBuilder
+from ovd.arguments import share, whole
 from ovd.calibration import CALIBRATION, ScoreCalibration, ShownScores, read_fitting_calibration
 from ovd.data.images import read_image
 from ovd.data.mapper import ResizeLongestSide
@@ -282,7 +283,8 @@ class OpenVocabularyDetector:
         """
         if (box is None) == (index is None):
             raise ValueError("explain wants one region: give either box or index")
-        active = self._current()
+        active, top = self._current(), whole(top, "top", 1)
+        index = None if index is None else whole(index, "index", 0)
         words, inputs = active.vocabulary.words + active.competitors, self._inputs(_pixels(image))
         with self._network(active) as model:
             if box is not None:
@@ -330,10 +332,12 @@ class OpenVocabularyDetector:
             ImageError: a picture cannot be read.
         """
         active = self._current()
-        if batch_size < 1 or max_detections < 0:
-            raise ValueError(f"batch_size is {batch_size}, max_detections {max_detections}; give at least 1 and 0")
+        batch_size, max_detections = whole(batch_size, "batch_size", 1), whole(max_detections, "max_detections", 0)
+        tile = None if tile is None else whole(tile, "tile", 1)
+        threshold = score_threshold if threshold is None else threshold
+        threshold = None if threshold is None else share(threshold, "threshold")
         scale = ShownScores(self.calibration if calibrated else None, len(active.vocabulary), bool(active.competitors))
-        least = scale.raw(score_threshold if threshold is None else threshold)
+        least = scale.raw(threshold)
         images = image if isinstance(image, (list, tuple)) else [image]
         if tile is None:
             found = []

@@ -22,6 +22,7 @@ from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
 from pretrain.atomic import replacing, write_atomically
 from pretrain.modeling.checkpoint import ImageTextModel, copy_checkpoint, load_checkpoint
+from pretrain.parsing import parse_yaml
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -103,14 +104,17 @@ def _read_config(folder: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{folder} is no detector checkpoint: {CONFIG} is missing; give the folder that holds it")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        config = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not valid YAML ({error}); save the detector again") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), dict):
         raise ValueError(f"{path} has no architecture; save the detector again with save_detector")
     if config.get("format") != FORMAT:
         raise ValueError(f"{path} has format {config.get('format')!r}, but this version reads {FORMAT}; save it again")
-    return {"architecture": config["architecture"], "base_names": config.get("base_names") or []}
+    names = config.get("base_names") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: base_names must be a list of words; save the detector again")
+    return {"architecture": config["architecture"], "base_names": names}
 
 
 def _load_weights(model: OpenVocabularyRCNN, path: Path) -> None:

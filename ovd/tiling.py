@@ -14,6 +14,7 @@ from ovd.detections import Detections
 Window = tuple[int, int, int, int]  # x1 y1 x2 y2 in whole pixels of the picture
 
 _SMALLEST_TILE = 32
+_MOST_TILES = 10_000  # a picture of 50,000 x 50,000 pixels in tiles of 640; more is a mistake, and takes hours
 _TOUCHES = 2.0  # pixels between a box and a tile's border below which the border may have cut it
 _COVERED = 0.5  # share of a cut box inside another box of its class from which both are one object
 
@@ -39,18 +40,25 @@ def tile_windows(height: int, width: int, tile: int, overlap: float = 0.25) -> l
     windows = [(0, 0, width, height)]
     if max(height, width) <= tile:
         return windows
-    for y in _starts(height, tile, overlap):
-        for x in _starts(width, tile, overlap):
+    down, across = _count(height, tile, overlap), _count(width, tile, overlap)
+    if down * across > _MOST_TILES:
+        raise ValueError(
+            f"tiles of {tile} pixels with overlap {overlap} would be {down * across:,} for a picture of {width} x "
+            f"{height}, and {_MOST_TILES:,} are the most: use larger tiles or less overlap"
+        )
+    for y in _starts(height, tile, down):
+        for x in _starts(width, tile, across):
             windows.append((x, y, min(x + tile, width), min(y + tile, height)))
     return windows
 
 
-def _starts(length: int, tile: int, overlap: float) -> list[int]:
-    if length <= tile:
-        return [0]
+def _count(length: int, tile: int, overlap: float) -> int:
     step = max(1, math.floor(tile * (1 - overlap)))
-    count = math.ceil((length - tile) / step) + 1
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+    return 1 if length <= tile else math.ceil((length - tile) / step) + 1
+
+
+def _starts(length: int, tile: int, count: int) -> list[int]:
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
 
 
 def merge_windows(

@@ -8,6 +8,14 @@ BACKGROUNDS = ("learned", "empty_prompt")
 DISTILLATIONS = ("off", "shared", "ensemble")
 
 
+# Far beyond any use; a folder from elsewhere must not ask for more memory than there is.
+_RANGES = {
+    "image_size": (32, 16_384), "detections_per_image": (1, 100_000), "pyramid_channels": (1, 16_384),
+    "box_num_conv": (0, 64), "box_conv_dim": (1, 16_384), "box_fc_dim": (1, 65_536), "mask_num_conv": (0, 64),
+    "mask_conv_dim": (1, 16_384), "rpn_num_conv": (0, 64), "vlm_crop_size": (0, 4_096), "vlm_output_size": (1, 256),
+}  # fmt: skip
+
+
 @dataclass
 class DetectorConfig:
     """Everything, besides the image-text model, that a detector is rebuilt from. Sizes default to the miniature's.
@@ -117,6 +125,10 @@ class DetectorConfig:
         for name in ("alpha", "beta"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a fusion weight lies in 0..1; choose one there")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name} is {value}; it is a whole number between {least} and {most:,}")
         if not 0 < self.detector_temperature < math.inf:
             raise ValueError(f"detector_temperature is {self.detector_temperature}, but it is above 0; 1 leaves it off")
         sequences = ("anchor_sizes", "rpn_pre_nms_topk", "rpn_post_nms_topk")

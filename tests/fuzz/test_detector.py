@@ -1,6 +1,8 @@
 """The Python interface: any picture, any words and any argument give detections or the documented ValueError."""
 
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+import ovd
 from ovd import OpenVocabularyDetector
+from ovd.calibration import read_calibration
 from ovd.data.images import ImageError, read_image
+from ovd.detector_folder import FORMAT
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +102,71 @@ def test_a_vocabulary_without_words_is_refused_and_the_old_one_stays(words, dete
     with pytest.raises(ValueError):
         detector.set_vocabulary(words)
     assert detector.vocabulary.words == ("cat", "dog")
+
+
+WRONG = ["x", None, 1.5, float("nan"), -1, [], 10**30]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"threshold": value} for value in ("x", float("nan"), -0.1, 1.1, [], 1j)),
+        *({"max_detections": value} for value in WRONG if value != 10**30),
+        *({"batch_size": value} for value in WRONG if value != 10**30),
+        *({"tile": value} for value in WRONG if value not in (None, 10**30)),
+        {"tile": 1}, {"tile": 32, "overlap": 0.9999}, {"tile": 64, "overlap": float("nan")}, {"tile": 64, "overlap": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_argument_out_of_range_is_one_sentence(arguments, detector):
+    detector.set_vocabulary("cat")
+    with pytest.raises(ValueError, match="give|use|needed|overlap") as caught:
+        detector.predict(np.zeros((4000, 4000, 3), np.uint8), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"index": "x"}, {"index": 0.5}, {"index": -1}, {"index": 0, "top": "x"}], ids=str
+)
+def test_a_wrong_place_to_explain_is_one_sentence(arguments, detector):
+    detector.set_vocabulary("cat")
+    with pytest.raises(ValueError, match="give a whole number"):
+        detector.explain(np.zeros((40, 40, 3), np.uint8), **arguments)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [np.array(["x"]), np.array([[object()]]), [[1, 2], [3]], np.zeros(3), np.zeros((1, 4), complex)],
+    ids=range(5),
+)
+def test_what_is_no_matrix_of_embeddings_is_refused(matrix, detector):
+    with pytest.raises(ValueError, match="embeddings"):
+        detector.set_vocabulary("cat", embeddings=matrix)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 5000, "not valid YAML"), ("base_names: 5\nformat: {f}\narchitecture: {{}}\n", "base_names"),
+        ("base_names: {{a: b}}\nformat: {f}\narchitecture: {{}}\n", "base_names"),
+        ("format: {f}\narchitecture: {{image_size: 10000000}}\n", "image_size is 10000000"),
+        ("format: {f}\narchitecture: {{box_fc_dim: 1000000000}}\n", "box_fc_dim is 1000000000"),
+        ("format: {f}\narchitecture: {{detections_per_image: null}}\n", "detections_per_image"),
+    ],
+)  # fmt: skip
+def test_a_detector_folder_that_asks_for_nonsense_is_refused(tmp_path, text, message):
+    shipped = Path(ovd.__file__).parent / "weights" / "mini"
+    shutil.copytree(shipped / "image_text", tmp_path / "image_text")
+    (tmp_path / "config.yaml").write_text(text if text.startswith("[") else text.format(f=FORMAT))
+    with pytest.raises(ValueError, match=message):
+        OpenVocabularyDetector.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "5", '{"format": 1, "settings": 5, "curves": []}', '{"format": 1, "curves": [{"words": -1}]}'],
+)
+def test_a_calibration_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "calibration.json").write_text(text)
+    with pytest.raises(ValueError, match="is no calibration"):
+        read_calibration(tmp_path / "calibration.json")

@@ -120,7 +120,7 @@ def test_a_folders_calibration_is_used_for_scores_and_thresholds(folder, tmp_pat
     np.testing.assert_array_equal(after.boxes, before.boxes)
     np.testing.assert_array_equal(detector.predict(picture(), 0.0, 30, calibrated=False).scores, before.scores)
     cut = float((after.scores[9] + after.scores[10]) / 2)
-    assert len(detector.predict(picture(), cut, 30)) == 10 and len(detector.predict(picture(), 1.1)) == 0
+    assert len(detector.predict(picture(), cut, 30)) == 10 and len(detector.predict(picture(), 1.0)) == 0
     config = yaml.safe_load((tmp_path / "d" / "config.yaml").read_text())
     config["architecture"]["alpha"] = 0.9
     (tmp_path / "d" / "config.yaml").write_text(yaml.safe_dump(config))
