@@ -75,5 +75,5 @@ def test_the_loader_keeps_the_shares(write, tmp_path):
     batches = iter(loader)
     sources = [picture["source"] for _ in range(20) for picture in next(batches)]
     assert np.mean(sources) == pytest.approx(0.5, abs=0.1)
-    with pytest.raises(ConfigError, match="give only one of them"):
+    with pytest.raises(ConfigError, match="both say how often a picture is shown"):
         build_train_loader(str(path), "", mapper, batch_size=2, workers=0, shares=(0.5, 0.5), repeat_threshold=0.1)
