@@ -18,7 +18,7 @@ from pathlib import Path
 # Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ovd.commands.evaluate import main  # noqa: E402
+from pretrain.commands.evaluate import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

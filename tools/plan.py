@@ -9,7 +9,7 @@ from pathlib import Path
 # Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ovd.commands.plan import main  # noqa: E402
+from pretrain.commands.plan import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -37,7 +37,7 @@ def description(tmp_path, config_overrides, write) -> dict:
     overrides = {
         key: yaml.safe_load(value)
         for key, value in given.items()
-        if not key.startswith(("train.output", "evaluation."))
+        if key == "evaluation.annotations" or not key.startswith(("train.output", "evaluation."))
     } | {"train.max_iter": 2, "model.architecture.detections_per_image": 10}
     return {
         "config": "configs/ovd/mini_lvis.py", "annotations": given["evaluation.annotations"], "seeds": [0, 1],

@@ -3,7 +3,6 @@
 What torch-xla computes is tested in tests/distributed/test_xla.py.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,10 +134,8 @@ def test_a_step_trains_on_the_rows_of_all_hosts(model_config, monkeypatch, micro
 
 
 def test_the_command_starts_a_process_for_each_core(xla, run_config, tmp_path, monkeypatch, capsys):
-    specification = importlib.util.spec_from_file_location("command", ROOT / "tools" / "pretrain.py")
-    command = importlib.util.module_from_spec(specification)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    specification.loader.exec_module(command)
+    from pretrain.commands import pretrain as command
+
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(run_config([{"steps": 1}], output="alone")))
     arguments = ["--config", str(path), "run.device=xla", "run.parallel=processes"]

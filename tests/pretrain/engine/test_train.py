@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -298,10 +299,10 @@ def test_broken_images_and_empty_captions_are_left_out_counted_and_named(tmp_pat
 
 
 def test_a_broken_evaluation_image_is_counted_in_the_summary(tmp_path, run_config, pairs_table):
-    (pairs_table.parent / "broken.png").write_bytes(b"no image")
-    table = pairs_table.with_name("one_broken.csv")
-    table.write_text(pairs_table.read_text() + "broken.png,red circle,shape,red-circle,val\n")
-    config = run_config([{"name": "only", "steps": 1}], data={"table": str(table)})
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    broken, table = os.path.relpath(tmp_path / "broken.png", pairs_table.parent), tmp_path / "one_broken.csv"
+    table.write_text(pairs_table.read_text() + f"{broken},red circle,shape,red-circle,val\n")
+    config = run_config([{"name": "only", "steps": 1}], data={"table": str(table), "root": str(pairs_table.parent)})
     Trainer(config).train()
     summary = (Path(config.run.output) / "summary.md").read_text()
     assert "- 1 broken images of val left out of the evaluation after only" in summary and "| 12 | 12 |" in summary
