@@ -93,7 +93,7 @@ def fetch_deb(package: DebianPackage, folder: Path) -> Path:
     target = folder / package.file_name
     if target.exists() and _sha256(target) == package.sha256:
         return target
-    by_hand = f"put {package.file_name} (every Debian mirror and snapshot.debian.org have it) into {folder} by hand"
+    by_hand = f"put {package.file_name} (every Debian mirror has it) into {folder} by hand"
     if shutil.which("apt-get") is None:
         raise FetchError(f"{package.name} is fetched with apt-get, which this system lacks: {by_hand}")
     folder.mkdir(parents=True, exist_ok=True)
