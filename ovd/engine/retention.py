@@ -77,13 +77,13 @@ def compare(
     samples: int = 1000,
     limit: int | None = None,
 ) -> dict[str, RetentionReport]:
-    """Reports by task: "bbox", and "segm" where both have masks.
+    """Reports by task: "bbox", and "segm" where both and all annotations have masks.
 
     Raises:
         ValueError: see `retention_report`.
     """
     ground_truth = first_pictures(read_ground_truth(annotations), limit)
-    masks = all("segmentation" in result for result in [*before, *after])
+    masks = all(one.get("segmentation") for one in [*before, *after, *ground_truth["annotations"]])
     return {
         task: retention_report(ground_truth, before, after, fine_tuned, task, samples=samples)
         for task in (TASKS if masks else TASKS[:1])

@@ -223,8 +223,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
     """Collect a detector's outputs and measure them by LVIS, for Detectron2's `inference_on_dataset`.
 
     `process` takes inputs with "image_id" and outputs with "instances" (`pred_boxes` in pixels of the original picture,
-    `scores`, `pred_classes`, perhaps `pred_masks` (N, H, W)). `evaluate` returns {"bbox": metrics} and, when there are
-    masks, "segm", and writes into the output folder detections.json, metrics.json and summary.md.
+    `scores`, `pred_classes`, perhaps `pred_masks` (N, H, W)). `evaluate` returns {"bbox": metrics} and, where detections
+    and ground truth have masks, "segm", and writes into the output folder detections.json, metrics.json and summary.md.
 
     Args:
         ground_truth_json: LVIS annotation file, or its content.
@@ -281,7 +281,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             # Their objects count as missed, so the numbers are lower than the detector deserves.
             total = len(self.ground_truth["images"])
             logger.warning("%d of %d pictures of the ground truth were never shown", len(missing), total)
-        tasks = IOU_TYPES if any(part[2] for part in gathered) else ("bbox",)
+        tasks = IOU_TYPES if any(part[2] for part in gathered) and self._masks_are_given() else ("bbox",)
         reports, intervals = {}, {}
         for task in tasks:
             matched = lvis_matches(self.ground_truth, results, task, self.max_dets)
@@ -295,6 +295,14 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         if self.output_dir is not None:
             self._write(results, reports, metrics, intervals)
         return metrics
+
+    def _masks_are_given(self) -> bool:
+        """Whether every annotation has a mask to compare with."""
+        bare = sum(not a.get("segmentation") for a in self.ground_truth["annotations"])
+        if bare:
+            total = len(self.ground_truth["annotations"])
+            logger.warning("%d of %d annotations have no mask: only boxes are measured", bare, total)
+        return not bare
 
     def _write(
         self,

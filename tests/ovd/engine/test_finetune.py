@@ -113,11 +113,13 @@ def test_boxes_alone_leave_the_mask_head_as_it_is(configured, detector, own):
     for a in content["annotations"]:
         del a["segmentation"]
     own.write_text(json.dumps(content))
-    folder = trainer.train(configured("data.masks=False"))
+    cfg = configured("data.masks=False", f"data.validation={own}")
+    folder = trainer.train(cfg)
     before, after = tensors(detector), tensors(folder)
     masks = [name for name in before if name.startswith("roi_heads.mask_head.")]
     assert masks and all(torch.equal(before[name], after[name]) for name in masks)
     assert read_detector(folder)[0].architecture.mask_on
+    assert set(trainer.evaluate(cfg, folder)["model"]) == {"bbox"}  # there is no mask to compare its masks with
 
 
 @pytest.mark.parametrize(
