@@ -12,6 +12,8 @@ from pathlib import Path
 # Python puts this folder first on the path, where tools/pretrain.py would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.commands.outcome import exit_status  # noqa: E402
+
 
 def add_data_command(commands: argparse._SubParsersAction) -> None:
     """Options of `data`."""
@@ -106,14 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from pretrain.config import ConfigError  # here, so that --help and typing errors answer at once
 
-    try:
-        options.run(options)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status(lambda: options.run(options), mendable=(ConfigError, OSError))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from pathlib import Path
 # Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.commands.outcome import exit_status  # noqa: E402
+
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
@@ -81,15 +83,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; what a user can mend is one sentence on stderr."""
     options = parse(arguments)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; no incomplete file was left", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(options), "interrupted; no incomplete file was left")
 
 
 if __name__ == "__main__":

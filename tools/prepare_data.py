@@ -11,6 +11,8 @@ from pathlib import Path
 # Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.commands.outcome import exit_status  # noqa: E402
+
 
 def build_mini(options: argparse.Namespace) -> None:
     """Drawings and captions first, then scenes made of them."""
@@ -105,15 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     from pretrain.data.npm_archives import FetchError
 
-    try:
-        options.work(options)
-    except (FetchError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        lambda: options.work(options),
+        "interrupted; the same command continues",
+        mendable=(FetchError, OSError, ValueError),
+    )
 
 
 if __name__ == "__main__":

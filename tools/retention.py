@@ -11,6 +11,8 @@ from pathlib import Path
 # Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.commands.outcome import exit_status  # noqa: E402
+
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
@@ -64,15 +66,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; what a user can mend is one sentence on stderr."""
     options = parse(arguments)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing is lost but this run", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(options), "interrupted; nothing is lost but this run")
 
 
 if __name__ == "__main__":

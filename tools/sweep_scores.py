@@ -10,6 +10,8 @@ from pathlib import Path
 # Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.commands.outcome import exit_status  # noqa: E402
+
 SHOWN = 25
 
 
@@ -104,15 +106,9 @@ def _plain(row) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; what a user can mend is one sentence on stderr."""
     options = parse(arguments)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues with the pictures it has not run yet", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        lambda: run(options), "interrupted; the same command continues with the pictures it has not run yet"
+    )
 
 
 if __name__ == "__main__":

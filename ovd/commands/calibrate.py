@@ -7,9 +7,10 @@ a threshold of 0.5 means before and after, and writes DIR/calibration.json, whic
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
+
+from pretrain.commands.outcome import exit_status
 
 SIZES = (1, 5, 20, 80, 200, 1203)
 
@@ -89,12 +90,4 @@ def table(rows: list[dict]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; what a user can mend is one sentence on stderr."""
     options = make_parser().parse_args(arguments)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(options), "interrupted; nothing was written")

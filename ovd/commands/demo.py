@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pretrain.commands.outcome import exit_status
+
 FORMATS = ("json", "csv", "labelme", "yolo")
 EPILOG = """\
 Pictures give <name>.png, videos <name>.mp4. --save adds, in the output folder:
@@ -175,11 +177,4 @@ def _print_files(files: dict[str, Path]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; what a user can mend is one sentence on stderr."""
     options = make_parser().parse_args(arguments)
-    try:
-        return run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the annotated pictures and frames so far are complete", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run(options), "interrupted; the annotated pictures and frames so far are complete")

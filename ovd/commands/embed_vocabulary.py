@@ -4,8 +4,9 @@ python tools/embed_vocabulary.py --checkpoint DIR --vocabulary words.txt --outpu
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from pretrain.commands.outcome import exit_status
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,12 +60,4 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; what a user can mend is one sentence on stderr."""
     options = parse(arguments)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(options), "interrupted; nothing was written")

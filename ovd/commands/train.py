@@ -4,8 +4,9 @@ Several processes: `--num-gpus 8`, or `torchrun --nproc-per-node 8 tools/train_n
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from pretrain.commands.outcome import exit_status
 
 
 def run(options: argparse.Namespace) -> None:
@@ -52,12 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     from ovd.engine.processes import run_in_processes
 
-    try:
-        run_in_processes(run, options.num_gpus, (options,))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; continue with the same command and --resume", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        lambda: run_in_processes(run, options.num_gpus, (options,)),
+        "interrupted; continue with the same command and --resume",
+        mendable=(ValueError, FileNotFoundError, FloatingPointError),
+    )

@@ -1,7 +1,8 @@
 """Pretrain the towers: `python tools/pretrain.py --config configs/pretrain/reclip_mini.yaml [key=value …]`."""
 
 import argparse
-import sys
+
+from pretrain.commands.outcome import exit_status
 
 
 def train(number: int, config: str, overrides: list[str], resume: bool) -> None:
@@ -36,16 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     from pretrain.engine.processes import start_processes
     from pretrain.modeling.checkpoint import CheckpointError
 
-    choice = options.config, options.overrides, options.resume
-    try:
+    def work() -> None:
+        choice = options.config, options.overrides, options.resume
         if load_config(options.config, options.overrides).run.parallel == "processes":
             start_processes(train, *choice)
         else:
             train(0, *choice)
-    except (ConfigError, CheckpointError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; continue with the same command and --resume", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(
+        work,
+        "interrupted; continue with the same command and --resume",
+        mendable=(ConfigError, CheckpointError, FloatingPointError, OSError),
+    )
