@@ -1,6 +1,7 @@
 """Build or check data sets: `python tools/prepare_data.py mini` makes the miniature (drawings, captions, LVIS files).
 
-`lvis`, `coco` and `custom` check your own download and write training files without the novel classes.
+`trees` fetches photographs of forests with boxes, to fine-tune on. `lvis`, `coco` and `custom` check your own download
+and write training files without the novel classes.
 """
 
 import argparse
@@ -40,6 +41,15 @@ def build_mini(options: argparse.Namespace) -> None:
         )  # fmt: skip
     for name in ("mini_lvis_train.json", "contact_sheet.png", "scenes_contact_sheet.png", "LICENSES.md"):
         print(f"{options.root / name}")
+
+
+def fetch_trees(options: argparse.Namespace) -> None:
+    """Photographs of forests from the air: three COCO files and their tiles."""
+    from ovd.data.trees import build_trees
+
+    for split, counts in build_trees(options.root).items():
+        print(f"{options.root / split}.json: {counts['tiles']} tiles, {counts['trees']} trees")
+    print(f"whole pictures: {options.root}/whole; licence: {options.root}/LICENSE.txt")
 
 
 def check_lvis(options: argparse.Namespace) -> None:
@@ -102,6 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--full", action="store_true", help="add Debian's stamps, furniture renders and photographs (330 MB)"
     )
     mini.set_defaults(work=build_mini)
+    trees = sets.add_parser(
+        "trees", help="aerial photographs with boxes of trees to fine-tune on, 20 MB (docs/finetune.md)"
+    )
+    trees.add_argument("--root", type=Path, default=Path("data/trees"), help="where to put it (default: %(default)s)")
+    trees.set_defaults(work=fetch_trees)
     add_checks(sets)
     options = parser.parse_args(arguments)
 

@@ -20,8 +20,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--before", required=True, metavar="DIR", help="detector folder before fine-tuning, or a name that ships")
     add("--after", required=True, metavar="DIR", help="detector folder after it")
-    add("--annotations", required=True, type=Path, metavar="FILE", help="LVIS annotations of old and new words")
-    add("--image-root", type=Path, metavar="DIR", help="folder of the pictures (default: that of the annotations)")
+    add("--annotations", required=True, nargs="+", type=Path, metavar="FILE",
+        help="LVIS or COCO annotations of old and new words; several files are joined")  # fmt: skip
+    add("--image-root", nargs="+", type=Path, metavar="DIR", help="folders of the pictures (default: the files' own)")
     add("--fine-tuned", required=True, metavar="WORDS", help="names, separated by commas, or a file with one a line")
     add("--output", required=True, type=Path, metavar="DIR", help="for retention.md, retention.json and detections")
     add("--samples", type=int, default=1000, help="resamples of the pictures for the intervals (default: %(default)s)")
@@ -41,6 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
     warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    from ovd.data.mixing import Source, merge
     from ovd.engine.finetune import detector_folder
     from ovd.engine.retention import compare, detect_categories, write_reports
     from pretrain.atomic import write_atomically
@@ -50,15 +52,20 @@ def run(options: argparse.Namespace) -> None:
     words = words.read_text().splitlines() if words.is_file() else options.fine_tuned.split(",")
     words = [word.strip() for word in words if word.strip()]
     device, interval = Device(options.device).torch_device, 0.2 if sys.stderr.isatty() else 20.0
+    roots = options.image_root or [path.parent for path in options.annotations]
+    if len(roots) != len(options.annotations):
+        raise ValueError(f"--image-root: {len(roots)} folders for {len(options.annotations)} files; give one for each")
+    joined = merge([Source(*pair) for pair in zip(options.annotations, roots, strict=True)])
+    annotations = write_atomically(options.output / "ground_truth.json", json.dumps(joined))
     found = {}
     for name in ("before", "after"):
         folder = detector_folder(getattr(options, name))
         found[name] = detect_categories(
-            folder, options.annotations, options.image_root or options.annotations.parent, device,
+            folder, annotations, "", device,
             limit=options.limit, progress=partial(tqdm, desc=name, unit="picture", mininterval=interval),
         )  # fmt: skip
         write_atomically(options.output / f"{name}.json", json.dumps(found[name]))
-    reports = compare(options.annotations, found["before"], found["after"], words, options.samples, options.limit)
+    reports = compare(annotations, found["before"], found["after"], words, options.samples, options.limit)
     path = write_reports(reports, options.output)
     print(f"\n{path.read_text()}\nreport:     {path}\ndetections: {options.output}/before.json, after.json")
 

@@ -53,6 +53,22 @@ def test_retention_reports_both_groups_of_words(weights, annotations, tmp_path, 
     assert "'tacco' stands for 0 categories" in capsys.readouterr().err
 
 
+def test_retention_joins_the_old_words_pictures_and_the_new_ones(weights, annotations, tmp_path, capsys):
+    own = json.loads(annotations.read_text())
+    for a in own["annotations"]:
+        del a["segmentation"]  # a COCO file of boxes alone, one class of which the other file has too
+    own["categories"] = [{"id": 2, "name": "Taco"}, {"id": 1, "name": "tree"}]
+    own["images"] = [{"id": 1, "file_name": "1.png", "height": 90, "width": 120}]
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    options = ("--before", weights, "--after", weights, "--fine-tuned", "tree", "--output", tmp_path / "out",
+               "--samples", "3", "--device", "cpu", "--annotations", tmp_path / "own.json", annotations)  # fmt: skip
+    assert call("retention", *options) == 0
+    content = json.loads((tmp_path / "out" / "retention.json").read_text())
+    assert content.keys() == {"bbox"} and content["bbox"]["untouched: AP"]["words"] == 2  # cat, and taco of both
+    assert call("retention", *options, "--image-root", tmp_path) == 1
+    assert "1 folders for 2 files" in capsys.readouterr().err
+
+
 def test_proposal_recall_is_told_for_base_and_novel(weights, annotations, tmp_path, capsys):
     options = ("--annotations", annotations, "--limits", "5", "20", "--device", "cpu", "--output", tmp_path / "n.json")
     assert call("proposal_recall", "--detector", weights, *options) == 0
