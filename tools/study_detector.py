@@ -8,10 +8,14 @@ every training and says what is missing.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 # Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pretrain.commands.outcome import exit_status  # noqa: E402
+from pretrain.commands.study_loop import INTERRUPTED, print_jobs, run_missing  # noqa: E402
 
 
 def quieten() -> None:
@@ -27,8 +31,33 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")
 
 
+def run(options: argparse.Namespace) -> int:
+    """List, run what is missing, report; 1 if a training did not work."""
+    from ovd.engine.study import load_study, progress
+    from ovd.engine.study_judging import run_job
+    from ovd.engine.study_plots import write_report
+    from pretrain.engine.study_file import choose
+
+    study = load_study(options.study)
+    jobs = choose(study.jobs, options.only, "training")
+    if options.list:
+        print_jobs(jobs, partial(progress, study.config))
+        return 0
+    quieten()
+    failed = run_missing(
+        [] if options.report else jobs,
+        partial(progress, study.config),
+        partial(run_job, study.config),
+        lambda: write_report(study),
+    )
+    page, plots = write_report(study)
+    print(page.read_text())
+    print(f"report: {page}\nplots:  {', '.join(map(str, plots)) or 'none yet: no training is done'}")
+    return 1 if failed else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, run what is missing, report."""
+    """Parse and run; what a user can mend is one sentence on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, type=Path, help="YAML file; fields: ovd/engine/study.py")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="just this training; repeatable")
@@ -36,41 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--list", action="store_true", help="say what there is and what is done; run nothing")
     what.add_argument("--report", action="store_true", help="write tables and plots from what is done; run nothing")
     options = parser.parse_args(arguments)
-
-    # Imported here so that --help and typing errors answer at once.
-    from ovd.engine.study import choose, load_study, progress
-    from ovd.engine.study_judging import run_job
-    from ovd.engine.study_plots import write_report
-
-    failed = 0
-    try:
-        study = load_study(options.study)
-        jobs = choose(study, options.only)
-        if options.list:
-            for job in jobs:
-                print(f"{progress(study.config, job):8} {job.title:32} {job.folder}")
-            return 0
-        quieten()
-        for number, job in enumerate([] if options.report else jobs, start=1):
-            if progress(study.config, job) == "done":
-                continue
-            print(f"[{number}/{len(jobs)}] {job.title}: {job.folder}", flush=True)
-            try:
-                run_job(study.config, job)
-            except FloatingPointError as error:  # a setting that does not train is a finding; the others still count
-                print(f"error: {job.title}: {error}", file=sys.stderr)
-                failed += 1
-            write_report(study)
-        page, plots = write_report(study)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; continue with the same command", file=sys.stderr)
-        return 130
-    print(page.read_text())
-    print(f"report: {page}\nplots:  {', '.join(map(str, plots)) or 'none yet: no training is done'}")
-    return 1 if failed else 0
+    return exit_status(lambda: run(options), INTERRUPTED)
 
 
 if __name__ == "__main__":

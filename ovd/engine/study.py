@@ -7,10 +7,8 @@ its configuration and data: what is done is skipped, what was stopped continues.
 measuring are in `study_judging`, the page in `study_report`.
 """
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,11 @@ from ovd.detector import CONFIG, IMAGE_TEXT
 from ovd.engine.finetune import detector_folder
 from ovd.engine.lazy_config import load_config
 from ovd.engine.trainer import plain
-from pretrain.config import ConfigError, options_from_dict
+from pretrain.config import ConfigError
 from pretrain.engine.run_folder import file_fingerprint
+from pretrain.engine.study_file import check_names, in_order, read_study, stored_result
 from pretrain.modeling.checkpoint import WEIGHTS_FILE
 
-RESULT_FILE = "result.json"
 KINDS = ("detection", "retention")
 WEIGHTS = ("chosen", "none", "fixed")
 BEFORE = "before"  # the variant of a retention study that every fine-tuning is compared with
@@ -146,32 +144,16 @@ def load_study(path: str | Path) -> Study:
         ConfigError: a missing file, an unknown field or name, or a training that cannot be configured.
     """
     path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError(f"no study file {path}{f'; did you mean {path.with_name(near[0])}?' if near else ''}")
-    try:
-        node = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # the YAML parser's own errors have many types
-        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    study: StudyConfig = options_from_dict(StudyConfig, node, "study")
+    study = read_study(path, StudyConfig)
     _check(study)
-    jobs = []
-    for place in range(max(len(spec.seeds or study.seeds) for spec in study.trainings)):
-        for spec in study.trainings:
-            seeds = spec.seeds or study.seeds
-            if place < len(seeds):
-                jobs.append(_make_job(study, spec, seeds[place]))
+    jobs = [_make_job(study, spec, seed) for spec, seed in in_order(study.trainings, study.seeds)]
     return Study(path, study, jobs)
 
 
 def _check(study: StudyConfig) -> None:
-    for part, specs in (("trainings", study.trainings), ("variants", study.variants)):
-        names = [spec.name for spec in specs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if not names or "" in names or twice:
-            found = f"{twice[0]!r} occurs twice" if twice else "a name is missing"
-            raise ConfigError(f"study.{part}: {found}; name each")
     trainings, variants = [t.name for t in study.trainings], [v.name for v in study.variants]
+    check_names("trainings", trainings)
+    check_names("variants", variants)
     for variant in study.variants:
         if variant.training not in trainings:
             raise ConfigError(f"variant {variant.name}: no training {variant.training!r}: {', '.join(trainings)}")
@@ -237,11 +219,8 @@ def judged(study: StudyConfig, job: Job) -> str:
 
 def read_result(study: StudyConfig, job: Job) -> Result | None:
     """A finished job's result; None if it has none, or one that was measured otherwise than now asked for."""
-    try:
-        result = Result(**json.loads((job.folder / RESULT_FILE).read_text()))
-    except (OSError, json.JSONDecodeError, TypeError):
-        return None
-    return result if result.judged == judged(study, job) else None
+    result = stored_result(job.folder, Result)
+    return result if result and result.judged == judged(study, job) else None
 
 
 def progress(study: StudyConfig, job: Job) -> str:
@@ -251,16 +230,3 @@ def progress(study: StudyConfig, job: Job) -> str:
     if (job.folder / "detector" / CONFIG).is_file():
         return "trained"
     return "started" if (job.folder / "last_checkpoint").is_file() else "missing"
-
-
-def choose(study: Study, only: Iterable[str]) -> list[Job]:
-    """The jobs of the named trainings; all where no name is given.
-
-    Raises:
-        ConfigError: for a name that the study does not have.
-    """
-    only, names = list(only), [spec.name for spec in study.config.trainings]
-    for name in only:
-        if name not in names:
-            raise ConfigError(f"the study has no training {name!r}: {', '.join(names)}")
-    return [job for job in study.jobs if not only or job.spec.name in only]

@@ -25,7 +25,7 @@ from ovd.engine.evaluate import derangement
 from ovd.engine.finetune import detector_folder
 from ovd.engine.interpolation import interpolate_detectors
 from ovd.engine.retention import detect_categories, first_pictures
-from ovd.engine.study import BEFORE, RESULT_FILE, Job, Result, StudyConfig, VariantSpec, judged, read_result
+from ovd.engine.study import BEFORE, Job, Result, StudyConfig, VariantSpec, judged, read_result
 from ovd.engine.trainer import resolve_device, train
 from ovd.evaluation.bootstrap import bootstrap
 from ovd.evaluation.lvis_evaluator import class_groups, lvis_matches
@@ -36,6 +36,7 @@ from ovd.sweep import COLUMNS, ScoreSettings, SweepRow, cached_detections, parse
 from pretrain.atomic import replacing, write_atomically
 from pretrain.engine.run_folder import git_revision
 from pretrain.engine.study import describe_machine
+from pretrain.engine.study_file import RESULT_FILE
 from pretrain.modeling.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 
 TASKS = ("bbox", "segm")

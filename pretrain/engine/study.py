@@ -5,39 +5,28 @@ skipped, a stopped one continues, and one whose configuration has changed starts
 and the plot are made in study_report.py.
 """
 
-import difflib
 import hashlib
 import json
 import math
 import platform
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from pretrain.atomic import write_atomically
-from pretrain.config import (
-    ConfigError,
-    EvaluationConfig,
-    PretrainConfig,
-    RunConfig,
-    load_config,
-    options_from_dict,
-)
+from pretrain.config import ConfigError, EvaluationConfig, PretrainConfig, RunConfig, load_config
 from pretrain.engine.checkpoint import STATE_FILE
 from pretrain.engine.cost import describe_towers, phase_cost
 from pretrain.engine.equal_time import Timing, stored_timing, with_equal_time
 from pretrain.engine.run_folder import describe_environment, file_fingerprint, git_revision
+from pretrain.engine.study_file import RESULT_FILE, check_names, in_order, read_study, stored_result
 from pretrain.engine.study_judging import further_measures, zero_shot
 from pretrain.engine.train import Trainer
 from pretrain.modeling.checkpoint import CONFIG_FILE
 from pretrain.objectives import passes_of
-
-RESULT_FILE = "result.json"
 
 
 @dataclass
@@ -143,23 +132,13 @@ def load_study(path: str | Path, timed: bool = True) -> Study:
         ConfigError: for a missing file, an unknown field, a name given twice, or a run that cannot be configured.
     """
     path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise ConfigError(f"no study file {path}{f'; did you mean {path.with_name(near[0])}?' if near else ''}")
-    try:
-        node = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # the YAML parser's own errors have many types
-        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    study: StudyConfig = options_from_dict(StudyConfig, node, "study")
+    study = read_study(path, StudyConfig)
     _check(study)
     timing = stored_timing(study.output) if study.seconds and timed else None
     jobs: list[Job] = []
-    for place in range(max(len(spec.seeds or study.seeds) for spec in study.runs)):
-        for spec in study.runs:
-            seeds = spec.seeds or study.seeds
-            if place < len(seeds):
-                before = {job.spec.name: job.folder / "checkpoint" for job in jobs if job.seed == seeds[place]}
-                jobs.append(_make_job(study, spec, seeds[place], before, timing))
+    for spec, seed in in_order(study.runs, study.seeds):
+        before = {job.spec.name: job.folder / "checkpoint" for job in jobs if job.seed == seed}
+        jobs.append(_make_job(study, spec, seed, before, timing))
     if study.seconds and timed and timing is None:
         raise ConfigError(f"study.seconds needs the time of a step: run this study with --time first ({study.output})")
     return Study(path, study, jobs)
@@ -167,9 +146,7 @@ def load_study(path: str | Path, timed: bool = True) -> Study:
 
 def _check(study: StudyConfig) -> None:
     names = [spec.name for spec in study.runs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if not names or "" in names or twice:
-        raise ConfigError(f"study.runs: {f'{twice[0]!r} occurs twice' if twice else 'a run has no name'}; name each")
+    check_names("runs", names, nameless="a run has no name")
     if study.baseline not in names:
         raise ConfigError(f"study.baseline {study.baseline!r} is not among the runs: {', '.join(names)}")
     if not study.seeds:
@@ -242,11 +219,8 @@ def _judged(job: Job) -> str:
 
 def read_result(job: Job) -> Result | None:
     """A finished job's result; None if it has none, or one that was judged otherwise than now asked for."""
-    try:
-        result = Result(**json.loads((job.folder / RESULT_FILE).read_text()))
-    except (OSError, json.JSONDecodeError, TypeError):
-        return None
-    return result if result.judged == _judged(job) else None
+    result = stored_result(job.folder, Result)
+    return result if result and result.judged == _judged(job) else None
 
 
 def progress(job: Job) -> str:
@@ -256,19 +230,6 @@ def progress(job: Job) -> str:
     if (job.folder / "checkpoint" / CONFIG_FILE).is_file():
         return "trained"
     return "started" if (job.folder / STATE_FILE).is_file() else "missing"
-
-
-def choose(study: Study, only: Iterable[str]) -> list[Job]:
-    """The jobs of the named runs; all where no name is given.
-
-    Raises:
-        ConfigError: for a name that the study does not have.
-    """
-    only, names = list(only), [spec.name for spec in study.config.runs]
-    for name in only:
-        if name not in names:
-            raise ConfigError(f"the study has no run {name!r}: {', '.join(names)}")
-    return [job for job in study.jobs if not only or job.spec.name in only]
 
 
 def run_job(job: Job) -> Result:

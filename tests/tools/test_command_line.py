@@ -96,6 +96,20 @@ def test_a_missing_configuration_file_is_named(tool, capsys, tmp_path):
     assert "none.yaml" in one_error(capsys)
 
 
+@pytest.mark.parametrize("tool", ["study", "study_detector"])
+def test_a_missing_study_file_is_named(tool, capsys, tmp_path):
+    assert call(tool, "--study", tmp_path / "none.yaml") == 1
+    assert "none.yaml" in one_error(capsys)
+
+
+def test_a_detector_studys_trainings_are_listed_in_order(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = "configs/studies/retention_mini.yaml"
+    assert call("study_detector", "--study", study, "--only", "low_rate", "--only", "plain", "--list") == 0
+    lines = [line.split()[1:4] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [[name, "seed", seed] for seed in "012" for name in ("plain", "low_rate")]
+
+
 @pytest.mark.parametrize(("tool", "other"), [("pretrain", "train_net"), ("train_net", "pretrain")])
 def test_the_other_commands_configuration_is_refused_by_name(tool, other, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)

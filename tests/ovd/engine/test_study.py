@@ -11,7 +11,7 @@ import yaml
 
 from ovd.detector import save_detector
 from ovd.engine import study_judging
-from ovd.engine.study import Result, choose, judged, load_study, progress, read_result
+from ovd.engine.study import Result, judged, load_study, progress, read_result
 from ovd.engine.study_judging import (
     ShuffledScores,
     choose_weights,
@@ -27,6 +27,7 @@ from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import build_detector
 from ovd.sweep import ScoreSettings, SweepRow
 from pretrain.config import ConfigError
+from pretrain.engine.study_file import choose
 from pretrain.modeling.checkpoint import load_checkpoint
 
 
@@ -115,7 +116,7 @@ def test_mistakes_in_a_study_are_named(description, load, change, message):
 
 def test_an_unknown_training_or_file_is_named(description, load, tmp_path):
     with pytest.raises(ConfigError, match="no training 'x': detector"):
-        choose(load(description), ["x"])
+        choose(load(description).jobs, ["x"], "training")
     with pytest.raises(ConfigError, match=r"did you mean .*study\.yaml"):
         load_study(tmp_path / "studi.yaml")
 

@@ -19,7 +19,8 @@ from pretrain.config import ConfigError, to_yaml
 from pretrain.engine import study as study_module
 from pretrain.engine.cost import describe_towers, phase_cost
 from pretrain.engine.equal_time import TIMING_FILE, Timing
-from pretrain.engine.study import Result, RunSpec, Study, StudyConfig, choose, load_study, progress, read_result
+from pretrain.engine.study import Result, RunSpec, Study, StudyConfig, load_study, progress, read_result
+from pretrain.engine.study_file import choose
 from pretrain.engine.study_report import Spread, collect, format_report, make_rows, missing, verdict, write_report
 from pretrain.engine.study_timing import distinct_phases, read_timing, time_study
 from pretrain.engine.train import Trainer
@@ -269,9 +270,9 @@ def test_mistakes_in_a_study_are_named(make_study, changes, message):
 
 def test_unknown_runs_and_files_are_named(make_study, tmp_path):
     study = make_study()
-    assert [job.seed for job in choose(study, ["two"])] == [0, 1]
+    assert [job.seed for job in choose(study.jobs, ["two"], "run")] == [0, 1]
     with pytest.raises(ConfigError, match="no run 'tow': baseline, two, one"):
-        choose(study, ["tow"])
+        choose(study.jobs, ["tow"], "run")
     with pytest.raises(ConfigError, match="did you mean .*tiny.yaml"):
         load_study(tmp_path / "tinny.yaml")
 
