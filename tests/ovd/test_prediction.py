@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.ops import box_iou
 
 from ovd.detector import OpenVocabularyDetector, save_detector
 from ovd.image_prompts import embed_crops
@@ -183,6 +184,42 @@ def test_mistakes_in_image_prompts_get_one_sentence(detector) -> None:
         detector.set_vocabulary({"mug": picture()}, embeddings=np.ones((1, 64)))
     with pytest.raises(ValueError, match="no such file"):
         detector.add_image_prompt("mug", "none.png")
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "ovd" / "web" / "examples"
+# By class: an example picture, and the box of the object in it, x1 y1 x2 y2 in pixels.
+OBJECTS = {
+    "coat": ("coat_bell", (172, 156, 315, 288)), "bell": ("coat_bell", (31, 126, 106, 207)),
+    "shark": ("coat_bell", (188, 70, 282, 169)), "cake": ("cake_telephone", (153, 99, 294, 245)),
+    "telephone": ("cake_telephone", (16, 190, 68, 236)), "bread": ("bread_bear", (119, 83, 221, 176)),
+    "bear": ("bread_bear", (172, 188, 230, 242)),
+}  # fmt: skip
+
+
+def test_mirrored_crops_as_the_query_find_their_objects_among_all_pictures() -> None:
+    """Kept weights, drawings never trained on; easier than another vendor's drawing: the very object, but mirrored.
+
+    Right: of all boxes in all pictures, the surest one of a class lies on its object. A class gets none of its name's
+    meaning, so the chance of that is at most 1 of 7.
+    """
+    detector = OpenVocabularyDetector.from_pretrained("mini")
+    pictures = {name: Image.open(EXAMPLES / f"{name}.jpg").convert("RGB") for name, _ in OBJECTS.values()}
+    crops = {name: ImageOps.mirror(pictures[where].crop(box)) for name, (where, box) in OBJECTS.items()}
+    detector.set_vocabulary(crops, competitors=False)
+    found = dict(zip(pictures, detector.predict(list(pictures.values()), 0.0, 100, calibrated=False), strict=True))
+    right = []
+    for name, (where, box) in OBJECTS.items():
+        boxes = [
+            (score, picture, place)
+            for picture, detections in found.items()
+            for score, label, place in zip(detections.scores, detections.names, detections.boxes, strict=True)
+            if label == name
+        ]
+        _, picture, place = max(boxes, key=lambda entry: entry[0], default=(0.0, None, np.zeros(4)))
+        overlap = box_iou(torch.tensor(place)[None].float(), torch.tensor([box]).float())
+        right.append(picture == where and overlap.item() >= 0.5)
+    # When written: all but the shark, whose tail the coat hides; no query finds it.
+    assert sum(right) >= 5, dict(zip(OBJECTS, right, strict=True))
 
 
 MINI = Path(__file__).resolve().parents[2] / "data" / "mini"
