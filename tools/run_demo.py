@@ -15,6 +15,7 @@ sys.path[0] = str(ROOT)
 
 PRETRAIN = "configs/pretrain/reclip_mini.yaml"
 DETECTOR = "configs/ovd/mini_lvis.py"
+TEST = "data/mini/mini_lvis_test.json"
 TOWERS = Path("runs/pretrain_mini/checkpoint")
 TRAINED = Path("runs/detector_mini")
 KEPT = Path("ovd/weights/mini")
@@ -78,13 +79,17 @@ def measure(label: str, towers: Path, detector: Path, run: Path, threshold: floa
     )  # fmt: skip
     from ovd.showcase import novel_scenes, write_grid
 
-    pictures, words = novel_scenes("data/mini/mini_lvis_test.json", "data/mini", SCENES)
+    pictures, words = novel_scenes(TEST, "data/mini", SCENES)
     step(
         f"pictures, {label}: words that were never trained on", "tools/demo.py", "--input", *pictures,
         "--vocabulary", ", ".join(words), "--weights", str(detector), "--output", f"demo/{run.name}",
         "--threshold", str(threshold),
     )  # fmt: skip
     write_grid(f"demo/{run.name}", f"demo/{run.name}.png", SHOWN)
+    step(
+        f"report, {label}", "tools/report.py", str(run), "--output", f"demo/{run.name}.html", "--annotations", TEST,
+        "--image-root", "data/mini",
+    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"pictures: demo/{run.name}.png (at most {SHOWN} with a score of {threshold:g} or more, surest first, "
             f"right or wrong); all in demo/{run.name}/"
         )
+        print(f"report:   demo/{run.name}.html")
     print("table:    demo/table.md")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
