@@ -223,8 +223,9 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
     """Collect a detector's outputs and measure them by LVIS, for Detectron2's `inference_on_dataset`.
 
     `process` takes inputs with "image_id" and outputs with "instances" (`pred_boxes` in pixels of the original picture,
-    `scores`, `pred_classes`, perhaps `pred_masks` (N, H, W)). `evaluate` returns {"bbox": metrics} and, where detections
-    and ground truth have masks, "segm", and writes into the output folder detections.json, metrics.json and summary.md.
+    `scores`, `pred_classes`, perhaps `pred_masks` (N, H, W)). `evaluate` returns {"bbox": metrics}, and "segm"
+    where detections and ground truth have masks; it writes detections.json, metrics.json and summary.md into the output
+    folder.
 
     Args:
         ground_truth_json: LVIS annotation file, or its content.

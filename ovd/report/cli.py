@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from pretrain.atomic import write_atomically
+from pretrain.commands.outcome import exit_status
 
 
 def is_detector_run(folder: str | Path) -> bool:
@@ -55,8 +56,16 @@ def write_report(
     return write_atomically(path, page.render()), page.missing
 
 
+def run(options: argparse.Namespace) -> None:
+    """Write the page, print where it is and what it lacks."""
+    path, missing = write_report(options.folder, options.output, options.annotations, options.image_root, options.sweep)
+    for sentence in missing:
+        print(f"left out: {sentence}", file=sys.stderr)
+    print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MB)")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, write, print where the page is and what it lacks; what a user can mend is one sentence on stderr."""
+    """Parse and write; what a user can mend is one sentence on stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", type=Path, metavar="RUN_FOLDER", help="run.output or train.output of a run")
@@ -65,14 +74,4 @@ def main(arguments: list[str] | None = None) -> int:
     add("--image-root", type=Path, metavar="DIR", help="its pictures (default: as configured)")
     add("--sweep", type=Path, metavar="FILE", help="sweep.json of tools/sweep_scores.py (default: the run folder's)")
     options = parser.parse_args(arguments)
-    try:
-        path, missing = write_report(
-            options.folder, options.output, options.annotations, options.image_root, options.sweep
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for sentence in missing:
-        print(f"left out: {sentence}", file=sys.stderr)
-    print(f"report: {path} ({path.stat().st_size / 2**20:.1f} MB)")
-    return 0
+    return exit_status(lambda: run(options), "interrupted; no page was written")

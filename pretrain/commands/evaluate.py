@@ -17,6 +17,8 @@ import json
 import sys
 from pathlib import Path
 
+from pretrain.commands.outcome import exit_status
+
 TASKS = (
     "table", "folder", "imagenet", "imagenet-a", "imagenet-r", "imagenet-v2", "imagenet-sketch", "retrieval",
     "hits", "noise",
@@ -80,19 +82,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, evaluate, print."""
-    options = parse(arguments)
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, print, write."""
     try:
         result = evaluate(options)
-        if options.output:
-            from pretrain.atomic import write_atomically
+    except (ValueError, RuntimeError) as error:  # open_clip's and the image readers' own messages have several lines
+        raise ValueError(" ".join(str(error).split())) from error
+    if options.output:
+        from pretrain.atomic import write_atomically
 
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(options.output, json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.output, json.dumps(result, indent=1) + "\n")
     if options.json:
         print(json.dumps(result))
     else:
@@ -101,4 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(describe(result))
     if options.output:
         print(f"written to {options.output}", file=sys.stderr)
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, evaluate; what a user can mend is one sentence on stderr."""
+    options = parse(arguments)
+    return exit_status(lambda: run(options), "interrupted; nothing was written")

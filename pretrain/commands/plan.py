@@ -5,7 +5,8 @@ python tools/plan.py --config configs/pretrain/reclip_l16_64px_550k_ft20k.yaml [
 
 import argparse
 import json
-import sys
+
+from pretrain.commands.outcome import exit_status
 
 
 def positive(text: str) -> float:
@@ -50,30 +51,32 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(options: argparse.Namespace) -> None:
+    """Plan and print."""
+    from pretrain.config import load_config
+    from pretrain.engine.report import format_report, make_report
+
+    report = make_report(
+        load_config(options.config, options.overrides),
+        devices=options.devices,
+        memory_limit=options.memory * 1e9 if options.memory else None,
+        throughput=options.throughput,
+        flops=options.flops,
+        measure=options.measure,
+        measure_batch=options.measure_batch,
+        measure_seconds=options.measure_seconds,
+        baseline=load_config(options.baseline) if options.baseline else None,
+        baseline_image_size=options.baseline_image_size,
+        baseline_context_length=options.baseline_context_length,
+    )
+    print(json.dumps(report, indent=1) if options.json else format_report(report))
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, plan, print."""
+    """Parse, plan; what a user can mend is one sentence on stderr."""
     options = make_parser().parse_args(arguments)
 
     # Imported here so that --help and typing errors answer at once.
-    from pretrain.config import ConfigError, load_config
-    from pretrain.engine.report import format_report, make_report
+    from pretrain.config import ConfigError
 
-    try:
-        report = make_report(
-            load_config(options.config, options.overrides),
-            devices=options.devices,
-            memory_limit=options.memory * 1e9 if options.memory else None,
-            throughput=options.throughput,
-            flops=options.flops,
-            measure=options.measure,
-            measure_batch=options.measure_batch,
-            measure_seconds=options.measure_seconds,
-            baseline=load_config(options.baseline) if options.baseline else None,
-            baseline_image_size=options.baseline_image_size,
-            baseline_context_length=options.baseline_context_length,
-        )
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(report, indent=1) if options.json else format_report(report))
-    return 0
+    return exit_status(lambda: run(options), "interrupted", mendable=(ConfigError, OSError))
