@@ -54,12 +54,11 @@ def size_of(path: Path) -> str:
 def run(options: argparse.Namespace) -> None:
     """Load, export, print where the output went."""
     check(options)
-    import warnings
-
-    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
+    from ovd.commands.quiet import quieten_libraries
     from ovd.detector import OpenVocabularyDetector
     from ovd.export.files import export_detector, export_towers, save_vocabulary
 
+    quieten_libraries()
     is_folder = Path(options.weights).is_dir() or "/" in options.weights
     load = OpenVocabularyDetector.from_checkpoint if is_folder else OpenVocabularyDetector.from_pretrained
     detector = load(options.weights)

@@ -29,15 +29,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Propose, measure, print."""
-    import logging
     import tempfile
-    import warnings
     from functools import partial
 
     from tqdm import tqdm
 
-    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    from ovd.commands.quiet import quieten_libraries
     from ovd.detector import OpenVocabularyDetector
     from ovd.engine.finetune import detector_folder
     from ovd.evaluation.proposal_recall import proposal_recall
@@ -45,6 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from ovd.scores import cached_proposals, collect_scores
     from pretrain.engine.device import Device
 
+    quieten_libraries()
     detector = OpenVocabularyDetector.from_checkpoint(
         detector_folder(options.detector), Device(options.device).torch_device
     )

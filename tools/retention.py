@@ -34,20 +34,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Detect with both, compare, print where the output went."""
     import json
-    import logging
-    import warnings
     from functools import partial
 
     from tqdm import tqdm
 
-    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    from ovd.commands.quiet import quieten_libraries
     from ovd.data.mixing import Source, merge
     from ovd.engine.finetune import detector_folder
     from ovd.engine.retention import compare, detect_categories, write_reports
     from pretrain.atomic import write_atomically
     from pretrain.engine.device import Device
 
+    quieten_libraries()
     words = Path(options.fine_tuned)
     words = words.read_text().splitlines() if words.is_file() else options.fine_tuned.split(",")
     words = [word.strip() for word in words if word.strip()]

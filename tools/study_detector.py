@@ -18,21 +18,11 @@ from pretrain.commands.outcome import exit_status  # noqa: E402
 from pretrain.commands.study_loop import INTERRUPTED, print_jobs, run_missing  # noqa: E402
 
 
-def quieten() -> None:
-    """Progress of the trainings, without the notes of libraries about each other."""
-    import logging
-    import warnings
-
-    from detectron2.utils.logger import setup_logger
-
-    setup_logger(name="detectron2")
-    logging.getLogger("fvcore.common.checkpoint").setLevel(logging.WARNING)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
-
-
 def run(options: argparse.Namespace) -> int:
     """List, run what is missing, report; 1 if a training did not work."""
+    from detectron2.utils.logger import setup_logger
+
+    from ovd.commands.quiet import quieten_libraries
     from ovd.engine.study import load_study, progress
     from ovd.engine.study_judging import run_job
     from ovd.engine.study_plots import write_report
@@ -43,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         print_jobs(jobs, partial(progress, study.config))
         return 0
-    quieten()
+    quieten_libraries()
+    setup_logger(name="detectron2")  # progress of the trainings
     failed = run_missing(
         [] if options.report else jobs,
         partial(progress, study.config),

@@ -41,14 +41,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Collect, sweep, print the best and where the output went."""
-    import logging
-    import warnings
     from functools import partial
 
     from tqdm import tqdm
 
-    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    from ovd.commands.quiet import quieten_libraries
     from ovd.detector import OpenVocabularyDetector
     from ovd.evaluation.results import format_percent, write_json_atomic
     from ovd.scores import collect_scores
@@ -57,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     from pretrain.atomic import write_atomically
     from pretrain.engine.device import Device
 
+    quieten_libraries()
     interval = 0.2 if sys.stderr.isatty() else 20.0  # seconds; a file need not hold every step of the bar
     templates = read_templates(options.templates) if options.templates else DEFAULT_TEMPLATES
     values = {

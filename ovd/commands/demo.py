@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 import warnings
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ovd.commands.quiet import quieten_libraries
 from pretrain.commands.outcome import exit_status
 
 FORMATS = ("json", "csv", "labelme", "yolo")
@@ -67,16 +67,14 @@ def notes() -> Iterator[None]:
     """Print warnings about words as one line each, without file names and source lines."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        # A remark of PyTorch to the authors of libraries, not to users of this command.
-        warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
+        quieten_libraries()
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         yield
 
 
 def load_detector(weights: str, device: str, precision: str) -> Any:
     """A detector from a folder, or one that ships, by what `weights` looks like."""
-    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    quieten_libraries()
     from ovd.detector import OpenVocabularyDetector
 
     is_folder = Path(weights).is_dir() or "/" in weights

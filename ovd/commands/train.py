@@ -11,12 +11,10 @@ from pretrain.commands.outcome import exit_status
 
 def run(options: argparse.Namespace) -> None:
     """In each process: train unless only evaluation is asked for, then evaluate in the first one."""
-    import logging
-    import warnings
-
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
+    from ovd.commands.quiet import quieten_libraries
     from ovd.engine.evaluate import results_table
     from ovd.engine.lazy_config import load_config
     from ovd.engine.trainer import evaluate, train
@@ -24,10 +22,7 @@ def run(options: argparse.Namespace) -> None:
     cfg = load_config(options.config, options.overrides)
     for name in ("detectron2", "ovd", "fvcore"):
         setup_logger(distributed_rank=comm.get_rank(), name=name)
-    # Notes of libraries about each other, which a reader can do nothing about.
-    logging.getLogger("fvcore.common.checkpoint").setLevel(logging.WARNING)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="torch.meshgrid")
+    quieten_libraries()
     folder = Path(options.detector or Path(cfg.train.output) / "detector")
     if not options.eval_only:
         folder = train(cfg, resume=options.resume)

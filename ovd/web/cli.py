@@ -1,14 +1,14 @@
 """`ovd-web`: serve the page with a picture and words in and detections out; without options on this machine only."""
 
 import argparse
-import logging
 import os
 import signal
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
+
+from ovd.commands.quiet import quieten_libraries
 
 
 def _port(text: str) -> int:
@@ -51,9 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Load the detector, serve until interrupted."""
-    # Remarks of PyTorch to the authors of libraries, not to users of this command.
-    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    quieten_libraries()
     try:
         from ovd.web.page import build_page, serve_page
     except ImportError as error:
