@@ -42,10 +42,10 @@ def test_boxes_are_those_that_torchvision_reads():
 
 
 def test_a_tree_belongs_to_the_tiles_that_show_enough_of_it():
-    boxes = np.array([[90.0, 10, 110, 30], [97, 10, 117, 30], [92, 50, 112, 70]])
+    boxes = np.array([[90.0, 10, 110, 30], [94, 10, 134, 30], [92, 50, 112, 70]])
     left, right = (0, 0, 100, 100), (100, 0, 200, 100)
     assert clip_boxes(boxes, left).tolist() == [[90, 10, 100, 30], [92, 50, 100, 70]]  # half, 15 % and 40 % of it
-    assert clip_boxes(boxes, right).tolist() == [[0, 10, 10, 30], [0, 10, 17, 30], [0, 50, 12, 70]]
+    assert clip_boxes(boxes, right).tolist() == [[0, 10, 10, 30], [0, 10, 34, 30], [0, 50, 12, 70]]
     sliver = np.array([[98.0, 0, 102, 50]])
     assert clip_boxes(sliver, left).tolist() == []  # half of it, but two pixels wide
 
