@@ -173,7 +173,10 @@ def _bitmask(annotation: dict, size: tuple[int, int]) -> np.ndarray:
     """Rasterise polygons or RLE to uint8 (H, W); polygons are not transformed as such, cropping them needs shapely."""
     segmentation = annotation.get("segmentation")
     if not segmentation:
-        raise ValueError(f"annotation {annotation.get('id')} has no segmentation: train with with_masks=False")
+        raise ValueError(
+            f"annotation {annotation.get('id')} has no segmentation: train without masks, with data.masks=False in "
+            "fine-tuning, else with data.train.mapper.with_masks=False and model.architecture.mask_on=False"
+        )
     check_mask(segmentation, size, f"annotation {annotation.get('id')}")
     if isinstance(segmentation, dict):
         if isinstance(segmentation["counts"], list):

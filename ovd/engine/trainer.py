@@ -33,6 +33,7 @@ from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.text.embeddings import embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
 from pretrain.atomic import write_atomically
+from pretrain.config import ConfigError
 from pretrain.engine.run_folder import RunFolder, file_fingerprint
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 
@@ -97,7 +98,13 @@ def base_vocabulary(cfg: Any, image_text: ImageTextModel) -> BaseVocabulary:
 
 
 def resolve_device(name: str) -> str:
-    """ "auto" is CUDA where there is one, else the CPU."""
+    """ "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"train.device is {name} and PyTorch sees no GPU: use train.device=cpu, or check the driver")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 

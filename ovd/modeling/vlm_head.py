@@ -197,5 +197,7 @@ class CropTextHead(RegionTextHead):
         squares = [square_boxes(b, self.box_scale).to(feature_map.dtype) for b in boxes]
         # An adaptive number of samples a bin is what anti-aliases; outside the picture is the mean colour.
         crops = roi_align(feature_map, squares, self.crop_size, spatial_scale=1.0, sampling_ratio=-1, aligned=True)
+        if not torch.compiler.is_compiling() and not len(crops):
+            return crops.new_zeros((0, self.embed_dim), dtype=torch.float32)  # timm's towers take no empty batch
         parts = [self.visual(part) for part in crops.split(self.batch_size)]
         return F.normalize(torch.cat(parts).float(), dim=-1)

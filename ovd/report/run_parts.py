@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pretrain.engine.html_page import Html, Page, chart, folded, note, number, percent, table, tag
+from pretrain.parsing import check_yaml, parse_yaml
 
 FREQUENCY_NAMES = {"r": "rare (novel)", "c": "common", "f": "frequent"}
 TASKS = {"bbox": "boxes", "segm": "masks"}
@@ -41,6 +40,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     try:
+        check_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         settings = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
     except Exception:  # the YAML parser's and OmegaConf's errors have many types; the raw text is on the page anyway
         return {}
@@ -181,8 +181,8 @@ def add_fusion(page: Page, folder: Path, settings: Mapping[str, Any], sweep: Pat
     """The fusion weights of the detector, those of the evaluation, and what a sweep of them found."""
     source, architecture = "detector/config.yaml", None
     try:
-        architecture = yaml.safe_load((folder / "detector/config.yaml").read_text(encoding="utf-8"))["architecture"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        architecture = parse_yaml((folder / "detector/config.yaml").read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError):
         source, architecture = "config.yaml", _inner(settings, "model", "architecture")
     parts = []
     if isinstance(architecture, Mapping):

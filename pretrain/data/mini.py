@@ -1,4 +1,4 @@
-"""Build the miniature's image-text half: 857 object concepts drawn by independent emoji vendors, with their names.
+"""Build the miniature's image-text half: 861 object concepts drawn by independent emoji vendors, with their names.
 
 Result (below the root): `drawings/<vendor>/<hexcode>.png` (RGBA, transparent), `pairs.csv`, `LICENSES.md`,
 `contact_sheet.png`, `manifest.json`. Whole vendors are held out for validation and test. With `full`, stamps and

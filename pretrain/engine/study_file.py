@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 from omegaconf import OmegaConf
 
 from pretrain.config import ConfigError, options_from_dict
+from pretrain.parsing import check_yaml
 
 RESULT_FILE = "result.json"
 
@@ -47,6 +48,7 @@ def read_study(path: Path, schema: type[Fields]) -> Fields:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         raise ConfigError(f"no study file {path}{f'; did you mean {path.with_name(near[0])}?' if near else ''}")
     try:
+        check_yaml(path.read_text(encoding="utf-8"))
         node = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # the YAML parser's own errors have many types
         raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error

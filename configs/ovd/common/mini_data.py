@@ -11,7 +11,9 @@ data = dict(
     train=L(build_train_loader)(
         annotations="${data.train_annotations}",
         image_root="data/mini",
-        mapper=L(OpenVocabularyMapper)(is_train=True, image_size=320, scale_range=(0.6, 1.4), regions=""),
+        mapper=L(OpenVocabularyMapper)(
+            is_train=True, image_size=320, scale_range=(0.6, 1.4), with_masks=True, regions=""
+        ),
         batch_size=4,
         workers=1,
         seed="${train.seed}",

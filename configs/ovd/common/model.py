@@ -44,5 +44,5 @@ model = L(build_detector)(
         objectness_delta=0.0,
         detector_temperature=1.0,
     ),
-    image_text="checkpoints/mini",
+    image_text="runs/pretrain_mini/checkpoint",
 )

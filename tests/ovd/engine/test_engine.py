@@ -51,6 +51,13 @@ def test_a_missing_or_broken_config_gets_one_sentence(tmp_path):
         load_config(broken)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_sentence():
+    with pytest.raises(ConfigError, match="train.device is cuda and PyTorch sees no GPU"):
+        trainer.resolve_device("cuda")
+    assert trainer.resolve_device("auto") == "cpu"
+
+
 def test_every_parameter_is_in_one_group_with_its_rate(image_text):
     model = build_detector(image_text=image_text)
     optimizer = build_optimizer(model, lr=1.0, backbone_lr_factor=0.25, weight_decay=0.1)

@@ -86,6 +86,13 @@ def test_a_crop_does_not_see_its_surroundings(image_text) -> None:
 
 
 @torch.no_grad()
+def test_a_picture_without_boxes_has_no_embeddings(image_text) -> None:
+    head = CropTextHead(image_text.model.visual, 64, scale=100.0, crop_size=32, box_scale=1.0)
+    image = torch.zeros(1, 3, 64, 64)
+    assert head.embed_regions(image, [torch.zeros(0, 4)]).shape == (0, 64)
+    assert head.embed_regions(image, [torch.tensor([[0.0, 0.0, 9.0, 9.0]])]).shape == (1, 64)
+
+
 def test_crops_are_anti_aliased(image_text) -> None:
     head = CropTextHead(image_text.model.visual, 64, scale=100.0, crop_size=32, box_scale=1.0)
     stripes = torch.zeros(1, 3, 128, 128)
