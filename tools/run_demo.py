@@ -20,7 +20,7 @@ TOWERS = Path("runs/pretrain_mini/checkpoint")
 TRAINED = Path("runs/detector_mini")
 KEPT = Path("ovd/weights/mini")
 KEPT_RUN = Path("runs/kept")
-SURE, LEAST_SURE = 0.3, 0.1  # lowest scores drawn: of the kept weights, and of ones trained for a few minutes
+SURE, LEAST_SURE = 0.5, 0.1  # lowest scores drawn: of the kept weights, calibrated, and of ones trained for minutes
 SCENES, SHOWN = 100, 12  # pictures searched for novel words, and the most confident ones among them
 
 

@@ -39,7 +39,8 @@ def test_a_mini_preset_is_the_study_with_the_teacher_of_the_package(name, monkey
     monkeypatch.chdir(ROOT)
     config, study = load_config(FOLDER / f"{name}_mini.yaml"), load_config(FOLDER / "study_mini.yaml")
     for phase, other in zip(config.phases, study.phases, strict=True):
-        for field in ("steps", "image_size", "context_length", "batch_size", "lr", "warmup_steps"):
+        assert phase.image_size == 64  # at the study's 32 px there are four patches to mask
+        for field in ("steps", "context_length", "batch_size", "lr", "warmup_steps"):
             assert getattr(phase, field) == getattr(other, field)
     assert (config.model, config.data, config.optim) == (study.model, study.data, study.optim)
     assert [phase.objective.name for phase in config.phases] == [name, "info_nce"]
