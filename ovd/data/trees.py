@@ -2,8 +2,9 @@
 
 Pictures and boxes ship inside the Python package `deepforest` (Weinstein et al., "DeepForest: A Python package for RGB
 deep learning tree crown delineation", Methods in Ecology and Evolution 2020); airborne photographs of the National
-Ecological Observatory Network, about 0.1 m a pixel. They are cut into tiles that the miniature's detector takes whole.
-One place trains, a second one tests, and so does a third in another state, so that what is learned must carry over.
+Ecological Observatory Network, about 0.1 m a pixel. They are cut into tiles, so that trees are large enough for the
+miniature's detector. One place trains, a second one tests, and so does a third in another state: what is learned must
+carry over.
 """
 
 import io
@@ -22,7 +23,7 @@ from pretrain.atomic import write_atomically
 from pretrain.data.pypi_archives import PyPIPackage, fetch_wheel
 
 PACKAGE = PyPIPackage("deepforest", "2.1.0", "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54")
-TILE = 320  # pixels, the longest side of a tile; the miniature's detector works at 320
+TILE = 200  # pixels, the longest side of a tile: enlarged to 320, trees are as large as the objects of the miniature
 KEPT = 0.4  # share of a tree's box that a tile must show, for the tree to be one of its objects
 SMALLEST = 4  # pixels, of what is left of a box
 CATEGORY = {"id": 1, "name": "tree", "synonyms": ["tree"]}

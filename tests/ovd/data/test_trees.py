@@ -17,7 +17,7 @@ from pretrain.data.pypi_archives import fetch_wheel
 
 VOC = """<annotation><filename>a.png</filename><size><width>700</width><height>330</height></size>
 <object><name>Tree</name><bndbox><xmin>10</xmin><ymin>20</ymin><xmax>40</xmax><ymax>60</ymax></bndbox></object>
-<object><name>Tree</name><bndbox><xmin>220</xmin><ymin>100</ymin><xmax>250</xmax><ymax>112</ymax></bndbox></object>
+<object><name>Tree</name><bndbox><xmin>335</xmin><ymin>100</ymin><xmax>365</xmax><ymax>112</ymax></bndbox></object>
 </annotation>"""
 
 
@@ -51,7 +51,7 @@ def test_a_tree_belongs_to_the_tiles_that_show_enough_of_it():
 
 
 def test_boxes_of_tiles_lie_on_what_was_painted(tmp_path):
-    boxes = np.array([[10.0, 20, 40, 60], [220, 100, 250, 112], [600, 300, 640, 330]])
+    boxes = np.array([[10.0, 20, 40, 60], [335, 100, 365, 112], [600, 300, 640, 330]])
     photo = Image.new("RGB", (700, 330))
     for x1, y1, x2, y2 in boxes:
         ImageDraw.Draw(photo).rectangle((x1, y1, x2 - 1, y2 - 1), fill="white")
@@ -79,8 +79,8 @@ def test_the_set_is_built_from_the_package_alone(tmp_path, monkeypatch):
     digest = hashlib.sha256((tmp_path / PACKAGE.file_name).read_bytes()).hexdigest()
     monkeypatch.setattr("ovd.data.trees.PACKAGE", replace(PACKAGE, sha256=digest))
     counts = build_trees(tmp_path / "trees", fetched=tmp_path)
-    # 700 x 330 gives 3 x 2 tiles; the second tree is cut by a tile's border into two halves.
-    assert counts == {place.split: {"tiles": 6, "trees": 3} for place in PLACES}
+    # 700 x 330 gives 4 x 2 tiles; the second tree is cut by a tile's border into two halves.
+    assert counts == {place.split: {"tiles": 8, "trees": 3} for place in PLACES}
     for split in counts:
         content = read_ground_truth(tmp_path / "trees" / f"{split}.json")
         assert [c["name"] for c in content["categories"]] == ["tree"]
