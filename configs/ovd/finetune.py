@@ -4,7 +4,9 @@
         data.annotations=mine.json data.images=pictures train.output=runs/mine
     python tools/retention.py --before mini --after runs/mine/detector --annotations GROUND_TRUTH --fine-tuned WORDS
 
-A worked example on photographs, with times and numbers: docs/finetune.md. What keeps the other words: the image-text score never trains (vlm_mode crops or frozen_copy), the tower's rate is low,
+A worked example on photographs, with times and numbers: docs/finetune.md.
+
+What keeps the other words: the image-text score never trains (vlm_mode crops or frozen_copy), the tower's rate is low,
 `data.replay` mixes in the set the detector came from, and `finetune.interpolation` goes only part of the way. How much
 each of them is worth on the miniature: studies/retention_mini.md, once configs/studies/retention_mini.yaml has run.
 """
