@@ -57,5 +57,5 @@ def test_what_all_published_rows_share(name):
 def test_the_mini_preset_is_read():
     config = load_config(FOLDER / "clip_rocket_mini.yaml")
     options = options_of(config)
-    assert [p.image_size for p in config.phases] == [64, 160] and options.text.keywords_as_synonyms
+    assert [p.image_size for p in config.phases] == [32, 64] and options.text.keywords_as_synonyms
     assert options.strong.jitter_probability == 0.8 and options.strong.blur_probability == 0.5  # not said: published
