@@ -9,7 +9,9 @@ measuring are in `study_judging`, the page in `study_report`.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from ovd.engine.lazy_config import load_config
 from ovd.engine.trainer import plain
 from pretrain.config import ConfigError
 from pretrain.engine.run_folder import file_fingerprint
+from pretrain.engine.study import Study as PretrainingStudy
+from pretrain.engine.study import load_study as load_pretraining_study
 from pretrain.engine.study_file import check_names, in_order, read_study, stored_result
 from pretrain.modeling.checkpoint import WEIGHTS_FILE
 
@@ -35,7 +39,9 @@ class TrainingSpec:
 
     name: str = ""
     config: str = ""  # a file of configs/ovd; empty: the study's
-    overrides: dict[str, Any] = field(default_factory=dict)  # dotted field: its value over the configuration's
+    # Dotted field: its value over the configuration's. The text "@STUDY:RUN" is the checkpoint that this run of a
+    # pretraining study leaves with the same seed.
+    overrides: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)  # empty: the study's
     image_tower: str = ""  # "random": the text tower of model.image_text with an image tower of new weights
 
@@ -146,7 +152,9 @@ def load_study(path: str | Path) -> Study:
     path = Path(path)
     study = read_study(path, StudyConfig)
     _check(study)
-    jobs = [_make_job(study, spec, seed) for spec, seed in in_order(study.trainings, study.seeds)]
+    read_pretraining = cache(load_pretraining_study)  # several trainings name the same one
+    pairs = in_order(study.trainings, study.seeds)
+    jobs = [_make_job(study, spec, seed, read_pretraining) for spec, seed in pairs]
     return Study(path, study, jobs)
 
 
@@ -169,14 +177,32 @@ def _check(study: StudyConfig) -> None:
         raise ConfigError("study.seeds and study.samples: at least one of each is needed")
 
 
-def _make_job(study: StudyConfig, spec: TrainingSpec, seed: int) -> Job:
+def _resolved(value: Any, seed: int, read_pretraining: Callable[[str], PretrainingStudy]) -> Any:
+    """The value; of "@STUDY:RUN" the checkpoint folder of that run, whether it is there already or not."""
+    if not (isinstance(value, str) and value.startswith("@")):
+        return value
+    path, _, run = value[1:].rpartition(":")
+    folders = {job.spec.name: job.folder for job in read_pretraining(path).jobs if job.seed == seed}
+    if run not in folders:
+        raise ConfigError(f"{value} is no run of that study with seed {seed}: {', '.join(folders) or 'none'}")
+    return str(folders[run] / "checkpoint")
+
+
+def _make_job(
+    study: StudyConfig, spec: TrainingSpec, seed: int, read_pretraining: Callable[[str], PretrainingStudy]
+) -> Job:
     """Load a training's configuration and give it its folder."""
-    overrides = [f"{key}={json.dumps(value)}" for key, value in spec.overrides.items()]  # hydra reads JSON
+    own: dict[str, Any] = {}
     if study.kind == "retention":
         scenes = Path(study.output) / "scenes"
-        own = {"model.detector": study.detector, "data.annotations": f"{scenes}/finetune.json", "data.images": scenes}
-        overrides = [*(f"{key}={value}" for key, value in own.items()), *overrides]
+        own = {
+            "model.detector": study.detector,
+            "data.annotations": f"{scenes}/finetune.json",
+            "data.images": f"{scenes}",
+        }
     try:
+        given = own | {key: _resolved(value, seed, read_pretraining) for key, value in spec.overrides.items()}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]  # hydra reads JSON
         config = load_config(spec.config or study.config, [*overrides, f"train.seed={seed}"])
         key = training_key(study, spec, config)
     except ValueError as error:

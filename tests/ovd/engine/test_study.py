@@ -27,6 +27,7 @@ from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import build_detector
 from ovd.sweep import ScoreSettings, SweepRow
 from pretrain.config import ConfigError
+from pretrain.engine.study import load_study as load_pretraining_study
 from pretrain.engine.study_file import choose
 from pretrain.modeling.checkpoint import load_checkpoint
 
@@ -95,6 +96,27 @@ def test_a_setting_that_training_depends_on_gives_another_folder(description, lo
     description["trainings"][0]["image_tower"] = "random"
     job = load(description).jobs[0]
     assert "random_tower-seed0" in job.config.model.image_text and job.image_text != job.config.model.image_text
+
+
+def test_a_training_starts_from_the_run_of_a_pretraining_study_with_the_same_seed(description, load, tmp_path):
+    towers = {
+        "config": "configs/pretrain/study_mini.yaml", "baseline": "short", "seeds": [0, 1],
+        "output": f"{tmp_path}/towers",
+        "runs": [{"name": "short", "overrides": {"optim.weight_decay": 0.1}}, {"name": "long"}],
+    }  # fmt: skip
+    path = tmp_path / "towers.yaml"
+    path.write_text(yaml.safe_dump(towers))
+    overrides = description["trainings"][0]["overrides"]
+    overrides["model.image_text"] = f"@{path}:long"
+    folders = {job.title: str(job.folder / "checkpoint") for job in load_pretraining_study(path).jobs}
+    found = [job.config.model.image_text for job in load(description).jobs]
+    assert found == [folders["long seed 0"], folders["long seed 1"]] and len(set(folders.values())) == 4
+    overrides["model.image_text"] = f"@{path}:tall"
+    with pytest.raises(ConfigError, match="training detector: .* no run of that study with seed 0: short, long"):
+        load(description)
+    overrides["model.image_text"] = f"@{tmp_path}/tower.yaml:long"
+    with pytest.raises(ConfigError, match=r"did you mean .*towers\.yaml"):
+        load(description)
 
 
 @pytest.mark.parametrize(
