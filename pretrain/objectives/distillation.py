@@ -4,7 +4,7 @@ loss = alpha · InfoNCE + (1 - alpha) · KL, both the mean of the image-to-text 
 OTTER's code adds the two up: twice this. KL is from the teacher's targets to softmax(s_d · I · Tᵀ), and s_d a second
 learned scale beside InfoNCE's. The teacher's targets are softmax(teacher_scale · S) with, for rows of images,
 S = image_weight · v·vᵀ + text_weight · t·tᵀ + v·tᵀ, and for rows of texts its transpose; v and t are the teacher's
-embeddings. (OTTER's own baseline has v·tᵀ alone; the other two terms are what its transport plan uses.)
+embeddings. (The two likenesses within a kind are 1 on the diagonal: a weight of 0 leaves the plain v·tᵀ.)
 """
 
 import math
@@ -34,8 +34,8 @@ class DistillationOptions:
 
     alpha: float = 0.5  # weight of the contrastive loss, 1 - alpha that of the divergence; 1: InfoNCE
     ema_decay: float = 0.999  # limit of the teacher's; see `MovingAverage` for the first steps
-    image_weight: float = 0.0  # γv, of the likeness of images among themselves
-    text_weight: float = 0.0  # γt, of the likeness of texts among themselves
+    image_weight: float = 1.0  # γv, of the likeness of images among themselves
+    text_weight: float = 1.0  # γt, of the likeness of texts among themselves
     teacher_scale: float = 100.0  # the teacher's inverse temperature
 
 

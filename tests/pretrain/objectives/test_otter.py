@@ -16,7 +16,7 @@ from pretrain.engine.train import Trainer
 from pretrain.modeling.checkpoint import WEIGHTS_FILE
 from pretrain.modeling.clip import build_model
 from pretrain.objectives import build_objective
-from pretrain.objectives.distillation import Distillation, DistillationOptions
+from pretrain.objectives.distillation import Distillation
 from pretrain.objectives.info_nce import InfoNCE
 from pretrain.objectives.label_smoothing import LabelSmoothing, LabelSmoothingOptions
 from pretrain.objectives.otter import Otter, OtterOptions
@@ -116,7 +116,9 @@ def test_with_one_temperature_it_is_the_cross_entropy_with_mixed_targets(make):
 
 def test_a_distillation_target_is_the_teachers_prediction(make):
     v, t = unit(6, 0), unit(6, 1)
-    images, texts = make("distillation").targets(v, t)
+    published, _ = make("distillation").targets(v, t)
+    torch.testing.assert_close(published, (100 * (v @ v.T + t @ t.T + v @ t.T)).softmax(1))
+    images, texts = make("distillation", image_weight=0.0, text_weight=0.0).targets(v, t)
     torch.testing.assert_close(images, (100 * v @ t.T).softmax(1))
     torch.testing.assert_close(texts, (100 * t @ v.T).softmax(1))
     images, _ = make("distillation", image_weight=0.5, text_weight=2.0, teacher_scale=3.0).targets(v, t)
@@ -290,6 +292,8 @@ def test_the_defaults_are_the_published_ones(model, model_config):
     assert (otter.alpha, otter.epsilon, otter.iterations, otter.ema_decay) == (0.5, 0.15, 5, 0.999)
     assert (otter.image_weight, otter.text_weight, otter.remove_diagonal) == (1, 1, True)
     assert Otter(model, model_config, OtterOptions(epsilon=0.1)).options.epsilon == 0.1
-    assert Distillation(model, model_config).options == DistillationOptions()
+    teacher = Distillation(model, model_config).options
+    assert (teacher.alpha, teacher.ema_decay) == (0.5, 0.999)
+    assert (teacher.image_weight, teacher.text_weight, teacher.teacher_scale) == (1, 1, 100)
     assert LabelSmoothing(model, model_config).options == LabelSmoothingOptions(0.1)
     assert isinstance(Otter(model, model_config), InfoNCE)
