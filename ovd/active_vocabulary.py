@@ -3,7 +3,7 @@
 This file does not touch the network: see `OpenVocabularyDetector`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ovd.image_prompts import Prompts, embed_crops, split_prompts
 from ovd.text.embedding_file import SUFFIX, load_embeddings, read_info
+from ovd.text.embeddings import Prompts as Prompted
 from ovd.text.embeddings import embed_vocabulary
 from ovd.text.vocabulary import Vocabulary, normalize_word, prompt_phrase
 from pretrain.modeling.checkpoint import ImageTextModel
@@ -53,7 +54,11 @@ class VocabularyBuilder:
 
     def __init__(self, image_text: ImageTextModel, base_names: Sequence[str]) -> None:
         self.image_text, self.base_names = image_text, tuple(base_names)
-        self._memory: dict[tuple[str, ...], Tensor] = {}
+        self._memory: dict[Prompted, Tensor] = {}
+
+    def remember(self, rows: Mapping[Prompted, Tensor]) -> None:
+        """Take rows that this text tower made before, by the prompts of their class."""
+        self._memory.update(rows)
 
     def build(
         self,

@@ -20,13 +20,21 @@ from ovd.calibration import CALIBRATION, ScoreCalibration, ShownScores, read_fit
 from ovd.data.images import read_image
 from ovd.data.mapper import ResizeLongestSide
 from ovd.detections import Detections
-from ovd.detector_folder import CONFIG, IMAGE_TEXT, WEIGHTS, read_detector, save_detector
+from ovd.detector_folder import (
+    CONFIG,
+    IMAGE_TEXT,
+    WEIGHTS,
+    read_base_words,
+    read_detector,
+    read_prompting,
+    save_detector,
+)
 from ovd.explanation import Explanation, explain_box, explain_detection
 from ovd.image_prompts import as_crops
 from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.precision import find_device, find_dtype
 from ovd.text.diagnostics import NEAR_DUPLICATE, VocabularyDiagnosis, diagnose_vocabulary
-from ovd.text.embeddings import DEFAULT_TEMPLATES
+from ovd.text.embeddings import Prompting
 from ovd.text.vocabulary import Vocabulary
 from ovd.tiling import merge_windows, tile_windows
 from pretrain.modeling.checkpoint import ImageTextModel
@@ -52,6 +60,7 @@ class OpenVocabularyDetector:
         base_names: names of the categories trained on; words that read the same get the base weight in score fusion.
         precision: see `set_precision`.
         calibration: what makes scores comparable between vocabularies; None leaves them as the network gives them.
+        prompting: how the words that it was trained on became prompts; None for the default.
 
     Attributes:
         vocabulary: the words; None before any were set.
@@ -65,11 +74,13 @@ class OpenVocabularyDetector:
         base_names: Sequence[str] = (),
         precision: str = "float32",
         calibration: ScoreCalibration | None = None,
+        prompting: Prompting | None = None,
     ) -> None:
         self.model = model.eval()
         self.image_text = image_text
         self.base_names = tuple(base_names)
         self.calibration = calibration
+        self.prompting = prompting or Prompting()
         self._builder = VocabularyBuilder(image_text, self.base_names)
         self._active: ActiveVocabulary | None = None  # never changed, only replaced: a call keeps the one it began with
         self._applied: ActiveVocabulary | None = None  # whose matrix is in the network
@@ -97,7 +108,8 @@ class OpenVocabularyDetector:
         model, image_text, base_names = read_detector(path)
         calibration = read_fitting_calibration(Path(path) / CALIBRATION, model.architecture)
         image_text.model.to(device).eval()
-        detector = cls(model.to(device), image_text, base_names, precision, calibration)
+        detector = cls(model.to(device), image_text, base_names, precision, calibration, read_prompting(path))
+        detector._builder.remember(read_base_words(path, image_text))
         if detector.base_names:
             with warnings.catch_warnings():
                 # Base names that repeat or are cut were the training's concern, not this user's.
@@ -169,7 +181,7 @@ class OpenVocabularyDetector:
         self,
         words: "Vocabulary | str | Path | Iterable[Any] | Mapping[str, Any] | None" = None,
         base_words: Iterable[str] | None = None,
-        templates: Sequence[str] = DEFAULT_TEMPLATES,
+        templates: Sequence[str] | None = None,
         embeddings: Tensor | np.ndarray | str | Path | None = None,
         competitors: bool = True,
         use_synonyms: bool = False,
@@ -181,7 +193,7 @@ class OpenVocabularyDetector:
                 names) or "coco" (its 80); with pictures as queries a list in which PIL images stand among words, or
                 {name: crop, list of crops, or None for the word}; None takes the words of the embedding file.
             base_words: words to treat as trained on; None takes the categories that the detector was trained on.
-            templates: prompts for the text tower.
+            templates: prompts for the text tower; None takes those that the detector was trained with.
             embeddings: use these instead of the text tower: (C, D), or a path to a file of tools/embed_vocabulary.py
                 (which must have been made by this detector's text tower) or to a .npy matrix.
             competitors: let the categories trained on compete for the scores without being reported, so that a peach
@@ -195,6 +207,7 @@ class OpenVocabularyDetector:
             ValueError: no words, or embeddings that do not belong to these words or to this detector.
             ImageError: a crop cannot be read.
         """
+        templates = self.prompting.templates if templates is None else templates
         with self._vocabulary_lock:
             active = self._builder.build(words, base_words, templates, embeddings, competitors, use_synonyms)
             self._set_active(active)
@@ -255,7 +268,7 @@ class OpenVocabularyDetector:
             threshold: cosine from which two words count as near-duplicates.
         """
         active, classifier = self._current(), self.model.roi_heads.box_predictor.cls_score
-        templates, use_synonyms = active.prompted or (DEFAULT_TEMPLATES, False)
+        templates, use_synonyms = active.prompted or (self.prompting.templates, False)
         rows = classifier.text_embeddings if active.embeddings is None else active.embeddings.to(self.device).float()
         return diagnose_vocabulary(
             active.vocabulary,

@@ -1,12 +1,14 @@
 """The folder that a detector is kept in: written by `save_detector`, read by `read_detector`.
 
-A folder holds `config.yaml` (format, architecture, names of the base classes), `model.safetensors` (what training
-changed), `image_text/` (the image-text model in open_clip's format: text tower, projection, and the image tower
-where it is frozen) and, once `tools/calibrate.py` has run, `calibration.json`.
+A folder holds `config.yaml` (format, architecture, names of the base classes, how words were prompted),
+`model.safetensors` (what training changed), `image_text/` (the image-text model in open_clip's format: text tower,
+projection, and the image tower where it is frozen), `base_words.safetensors` (the base classes' text embeddings, which
+may be missing: they are then made again) and, once `tools/calibrate.py` has run, `calibration.json`.
 This file does not predict, train or evaluate.
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,9 @@ from torch import Tensor
 from ovd.calibration import CALIBRATION
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
+from ovd.text.embedding_file import load_embeddings, read_info, save_embeddings
+from ovd.text.embeddings import Prompting, Prompts, class_prompts, embed_vocabulary
+from ovd.text.vocabulary import Vocabulary
 from pretrain.atomic import replacing, write_atomically
 from pretrain.modeling.checkpoint import ImageTextModel, copy_checkpoint, load_checkpoint
 from pretrain.parsing import parse_yaml
@@ -28,6 +33,7 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 IMAGE_TEXT = "image_text"
+BASE_WORDS = "base_words.safetensors"
 
 
 def read_detector(
@@ -56,6 +62,7 @@ def save_detector(
     architecture: DetectorConfig | dict | None = None,
     base_names: Sequence[str] = (),
     float16: bool = False,
+    prompting: Prompting | None = None,
 ) -> Path:
     """Write a detector checkpoint; every file is written beside its place and renamed, `config.yaml` last.
 
@@ -66,6 +73,7 @@ def save_detector(
         architecture: description that rebuilds the network; None takes the one it was built with.
         base_names: names of the categories trained on, as in the annotation file.
         float16: store weights in half the space; they are loaded as float32.
+        prompting: how the words trained on became prompts; None stands for the default of `Prompting`.
 
     Returns:
         The folder.
@@ -73,17 +81,60 @@ def save_detector(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     copy_checkpoint(image_text_folder, folder / IMAGE_TEXT, half=float16)
-    # A calibration belongs to the weights that it was made with.
-    (folder / CALIBRATION).unlink(missing_ok=True)
+    for name in (CALIBRATION, BASE_WORDS):  # they belong to the weights that they were made with
+        (folder / name).unlink(missing_ok=True)
     skipped = _frozen_prefixes(model)
     tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
     with replacing(folder / WEIGHTS) as path:
         save_file(_stored(tensors, float16), path, {"format": "pt"})
     description = architecture if isinstance(architecture, dict) else asdict(architecture or model.architecture)
-    # Through JSON so that tuples and such become plain lists.
-    content = json.loads(json.dumps({"format": FORMAT, "architecture": description, "base_names": list(base_names)}))
+    content = {"format": FORMAT, "architecture": description, "base_names": list(base_names)}
+    content["text"] = asdict(prompting or Prompting())
+    content = json.loads(json.dumps(content))  # tuples and such become plain lists
     write_atomically(folder / CONFIG, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     return folder
+
+
+def read_prompting(folder: str | Path) -> Prompting:
+    """How the words that a detector was trained on became prompts; the default where its folder does not say.
+
+    Raises:
+        ValueError: the folder has no `config.yaml` that can be used.
+    """
+    return _read_config(Path(folder))["text"]
+
+
+def write_base_words(folder: str | Path, device: str = "cpu") -> Path:
+    """Embed a saved detector's base classes with the text tower in its folder and keep the rows beside it.
+
+    With 80 prompts a class that takes a CPU hours, and whoever loads the detector would have to do it again.
+
+    Args:
+        folder: of `save_detector`, with at least one base name.
+        device: of the text tower meanwhile.
+    """
+    folder = Path(folder)
+    config, image_text = _read_config(folder), load_checkpoint(folder / IMAGE_TEXT, device)
+    templates = config["text"].templates
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # words that repeat or are cut: training has said so
+        words = Vocabulary.from_words(config["base_names"])
+        rows = embed_vocabulary(words, image_text, templates)
+    return save_embeddings(folder / BASE_WORDS, rows, words, image_text, templates)
+
+
+def read_base_words(folder: str | Path, image_text: ImageTextModel) -> dict[Prompts, Tensor]:
+    """Rows of `write_base_words` by the prompts they were made of; none where the folder has no such file.
+
+    Raises:
+        ValueError: the file is damaged or belongs to another text tower.
+    """
+    path = Path(folder) / BASE_WORDS
+    if not path.is_file():
+        return {}
+    info = read_info(path)
+    rows = load_embeddings(path, info.vocabulary, image_text)
+    return dict(zip(class_prompts(info.vocabulary, info.templates, info.use_synonyms), rows, strict=True))
 
 
 def _frozen_prefixes(model: OpenVocabularyRCNN) -> tuple[str, ...]:
@@ -114,7 +165,20 @@ def _read_config(folder: Path) -> dict:
     names = config.get("base_names") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: base_names must be a list of words; save the detector again")
-    return {"architecture": config["architecture"], "base_names": names}
+    return {"architecture": config["architecture"], "base_names": names, "text": _prompting(config, path)}
+
+
+def _prompting(config: dict, path: Path) -> Prompting:
+    text = config.get("text") or asdict(Prompting())
+    templates = text.get("templates") if isinstance(text, dict) else None
+    if (
+        not isinstance(templates, (list, tuple))
+        or not templates
+        or not all(isinstance(t, str) and "{}" in t for t in templates)
+        or not isinstance(text.get("use_synonyms"), bool)
+    ):
+        raise ValueError(f"{path}: text must have templates with {{}} and use_synonyms; save the detector again")
+    return Prompting(tuple(templates), text["use_synonyms"])
 
 
 def _load_weights(model: OpenVocabularyRCNN, path: Path) -> None:

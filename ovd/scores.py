@@ -27,7 +27,7 @@ from ovd.data.mapper import OpenVocabularyMapper
 from ovd.detector import OpenVocabularyDetector
 from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.modeling.roi_heads import RegionScores
-from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary
+from ovd.text.embeddings import Prompting, embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
 from pretrain.atomic import remove_leftovers, replacing, write_atomically
 from pretrain.modeling.checkpoint import fingerprint
@@ -146,8 +146,7 @@ def collect_scores(
     annotations: str | Path,
     image_root: str | Path,
     folder: str | Path,
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
-    use_synonyms: bool = True,
+    prompting: Prompting | None = None,
     dtype: str = "float32",
     limit: int | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
@@ -162,7 +161,7 @@ def collect_scores(
         annotations: LVIS annotation file.
         image_root: folder the pictures' names are relative to.
         folder: of the cache; pictures that it holds already are not run.
-        templates, use_synonyms: how the categories are embedded.
+        prompting: how the categories become prompts; None takes the way that the detector was trained with.
         dtype: "float32", or "float16" in half the space; see `ScoreCache`.
         limit: only so many pictures, evenly spread over the file; None for all.
         progress: wraps the list of pictures for display (`tqdm`-like).
@@ -177,7 +176,8 @@ def collect_scores(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     records, ground_truth = _pictures(annotations, image_root, limit)
-    embeddings = use_categories(detector, ground_truth["categories"], templates, use_synonyms)
+    prompting = prompting or detector.prompting
+    embeddings = use_categories(detector, ground_truth["categories"], prompting)
     model = detector.model.eval()
     description = {
         "dtype": dtype,
@@ -186,8 +186,8 @@ def collect_scores(
         "embeddings": _hash([embeddings]),
         "is_base": _hash([model.roi_heads.is_base]),
         "annotations": fingerprint(Path(annotations)),
-        "templates": list(templates),
-        "use_synonyms": use_synonyms,
+        "templates": list(prompting.templates),
+        "use_synonyms": prompting.use_synonyms,
     }
     if masks:
         if not model.architecture.mask_on:
@@ -202,14 +202,13 @@ def collect_scores(
     return cache, ground_truth
 
 
-def use_categories(
-    detector: OpenVocabularyDetector, categories: Sequence[dict], templates: Sequence[str], use_synonyms: bool
-) -> Tensor:
+def use_categories(detector: OpenVocabularyDetector, categories: Sequence[dict], prompting: Prompting) -> Tensor:
     """Make an annotation file's categories the detector's vocabulary, base by their frequency; its embeddings."""
     ordered = sorted(categories, key=lambda category: category["id"])
     base = {category["id"] for category in base_novel_split(ordered)[0]}
     is_base = torch.tensor([category["id"] in base for category in ordered])
     vocabulary = Vocabulary.from_categories(ordered)
+    templates, use_synonyms = prompting.templates, prompting.use_synonyms
     embeddings = embed_vocabulary(vocabulary, detector.image_text, templates, use_synonyms)
     detector.set_vocabulary(
         vocabulary, templates=templates, embeddings=embeddings, competitors=False, use_synonyms=use_synonyms

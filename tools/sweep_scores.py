@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--image-text-temperature", default="1", metavar="GRID", help="relative to the model's (default: %(default)s)")
     add("--metric", default="AP", help="what the best is chosen by, e.g. APr or mask_APr (default: %(default)s)")
     add("--masks", action="store_true", help="measure masks too (mask_AP, …)")
-    add("--templates", type=Path, metavar="FILE", help="prompts, one a line (default: those of the library)")
+    add("--templates", type=Path, metavar="FILE", help="prompts, one a line (default: those it was trained with)")
     add("--no-synonyms", action="store_true", help="embed names only")
     add("--limit", type=int, metavar="N", help="only N pictures, evenly spread")
     add("--dtype", choices=("float32", "float16"), default="float32", help="of the kept scores (default: %(default)s)")
@@ -50,13 +50,12 @@ def run(options: argparse.Namespace) -> None:
     from ovd.evaluation.results import format_percent, write_json_atomic
     from ovd.scores import collect_scores
     from ovd.sweep import best_row, parse_grid, settings_grid, split_warning, sweep, sweep_table
-    from ovd.text.embeddings import DEFAULT_TEMPLATES, read_templates
+    from ovd.text.embeddings import Prompting, read_templates
     from pretrain.atomic import write_atomically
     from pretrain.engine.device import Device
 
     quieten_libraries()
     interval = 0.2 if sys.stderr.isatty() else 20.0  # seconds; a file need not hold every step of the bar
-    templates = read_templates(options.templates) if options.templates else DEFAULT_TEMPLATES
     values = {
         name: parse_grid(getattr(options, name))
         for name in ("alpha", "beta", "detector_temperature", "image_text_temperature")
@@ -65,7 +64,9 @@ def run(options: argparse.Namespace) -> None:
     if not Path(options.detector).is_dir() and "/" not in options.detector:
         load = OpenVocabularyDetector.from_pretrained
     detector = load(options.detector, Device(options.device).torch_device)
-    heads = detector.model.roi_heads
+    heads, own = detector.model.roi_heads, detector.prompting
+    templates = read_templates(options.templates) if options.templates else own.templates
+    prompting = Prompting(templates, own.use_synonyms and not options.no_synonyms)
     values["delta"] = (heads.objectness_delta,) if options.delta is None else parse_grid(options.delta)
     grid = settings_grid(**values)
     warning = split_warning(options.annotations, options.detector)
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"note: {warning}", file=sys.stderr)
     cache, ground_truth = collect_scores(
         detector, options.annotations, options.image_root or options.annotations.parent, options.output / "cache",
-        templates, not options.no_synonyms, options.dtype, options.limit,
+        prompting, options.dtype, options.limit,
         progress=partial(tqdm, desc="network", unit="picture", mininterval=interval), masks=options.masks,
     )  # fmt: skip
     rows = sweep(cache, heads, ground_truth, grid[:1])

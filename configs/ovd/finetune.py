@@ -17,7 +17,7 @@ from ovd.data.mapper import OpenVocabularyMapper
 from ovd.engine.defaults import build_optimizer, build_test_loader, build_train_loader, warmup_cosine
 from ovd.engine.finetune import load_for_training, replay_shares
 
-from .common.train import text, train
+from .common.train import train
 
 model = L(load_for_training)(
     detector="mini",  # a detector's folder, or the name of one that ships
@@ -39,9 +39,8 @@ data = dict(
     train=L(build_train_loader)(
         annotations="${data.train_annotations}",
         image_root="",
-        mapper=L(OpenVocabularyMapper)(
-            is_train=True, image_size=320, scale_range=(0.6, 1.4), with_masks="${data.masks}"
-        ),
+        # Of size 0: as large as the pictures that the detector was made for.
+        mapper=L(OpenVocabularyMapper)(is_train=True, image_size=0, scale_range=(0.6, 1.4), with_masks="${data.masks}"),
         batch_size=4,
         workers=1,
         seed="${train.seed}",
@@ -50,7 +49,7 @@ data = dict(
     test=L(build_test_loader)(
         annotations="${evaluation.annotations}",
         image_root="${data.validation_images}",
-        mapper=L(OpenVocabularyMapper)(is_train=False, image_size="${data.train.mapper.image_size}"),
+        mapper=L(OpenVocabularyMapper)(is_train=False, image_size=0),
         batch_size=4,
         workers=1,
     ),
@@ -59,11 +58,14 @@ data = dict(
 evaluation = dict(
     annotations="${train.output}/validation.json",
     fusion=dict(),
+    inference=dict(),
     control=False,
     protocol="lvis",
     samples=0,
     fixed_ap=False,
 )
+
+text = dict(templates=None, use_synonyms=None)  # None: as the detector was trained
 
 finetune = dict(
     interpolation=1.0,  # 0: the detector before, 1: that after, between: the mean of their weights (WiSE-FT)

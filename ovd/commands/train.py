@@ -18,8 +18,14 @@ def run(options: argparse.Namespace) -> None:
     from ovd.engine.evaluate import results_table
     from ovd.engine.lazy_config import load_config
     from ovd.engine.trainer import evaluate, train
+    from pretrain.config import ConfigError
 
     cfg = load_config(options.config, options.overrides)
+    if options.eval_only and any(override.startswith("model.architecture") for override in options.overrides):
+        raise ConfigError(
+            "--eval-only measures a detector as it was trained, and model.architecture would change nothing: use "
+            "evaluation.fusion (alpha, beta, …) or evaluation.inference (detections_per_image, …)"
+        )
     for name in ("detectron2", "ovd", "fvcore"):
         setup_logger(distributed_rank=comm.get_rank(), name=name)
     quieten_libraries()

@@ -6,7 +6,8 @@ what the words contribute.
 
 import contextlib
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,27 @@ import torch
 from detectron2.evaluation import inference_on_dataset
 
 from ovd.data.lvis import base_novel_split, read_ground_truth
+from ovd.engine.run_text import embed_once
 from ovd.evaluation.coco_evaluator import evaluate_coco_results
 from ovd.evaluation.lvis_evaluator import OpenVocabularyEvaluator
 from ovd.evaluation.results import markdown_table
 from ovd.modeling.rcnn import OpenVocabularyRCNN
-from ovd.text.embeddings import embed_vocabulary
+from ovd.text.embeddings import Prompting
 from ovd.text.vocabulary import Vocabulary
+from pretrain.config import ConfigError
 from pretrain.modeling.checkpoint import ImageTextModel
 
 COLUMNS = ("AP", "AP50", "APr", "APc", "APf")
+FIXED_COLUMNS = ("AP_fixed", "APr_fixed", "APc_fixed", "APf_fixed")
 COCO_COLUMNS = ("AP", "AP50", "AP50_base", "AP50_novel")
 PROTOCOLS = ("lvis", "coco")
+LVIS_DETECTIONS = 300  # of a picture, at most, that AP looks at
+# Of the region heads, and of their box predictor (Detectron2's names): what evaluation may choose anew.
+FUSION_SETTINGS = ("alpha", "beta", "objectness_delta", "detector_temperature")
+INFERENCE_SETTINGS = {
+    "nms_threshold": "test_nms_thresh", "score_threshold": "test_score_thresh",
+    "detections_per_image": "test_topk_per_image",
+}  # fmt: skip
 
 
 def derangement(size: int, seed: int = 0) -> np.ndarray:
@@ -36,31 +47,62 @@ def derangement(size: int, seed: int = 0) -> np.ndarray:
     return shuffled
 
 
+def apply_settings(
+    model: OpenVocabularyRCNN, fusion: Mapping[str, float], inference: Mapping[str, float], fixed_ap: bool
+) -> None:
+    """Give a detector other settings than it was saved with; its weights stay.
+
+    Args:
+        fusion: by a name of `FUSION_SETTINGS`.
+        inference: by a name of `INFERENCE_SETTINGS`.
+        fixed_ap: that is to be measured too.
+
+    Raises:
+        ConfigError: no such setting; or fixed AP of a detector that keeps only what AP itself looks at.
+    """
+    heads = model.roi_heads
+    for group, given, known in (("fusion", fusion, FUSION_SETTINGS), ("inference", inference, INFERENCE_SETTINGS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ConfigError(f"evaluation.{group}.{unknown[0]} is no setting of {group}: {', '.join(known)}")
+    for name, value in fusion.items():
+        setattr(heads, name, value)
+    for name, value in inference.items():
+        setattr(heads.box_predictor, INFERENCE_SETTINGS[name], value)
+    kept = heads.box_predictor.test_topk_per_image
+    if fixed_ap and kept <= LVIS_DETECTIONS:
+        raise ConfigError(
+            f"evaluation.fixed_ap looks at the best 10,000 detections of a class, but this detector keeps {kept} a "
+            "picture: add evaluation.inference.detections_per_image=1000"
+        )
+
+
 def evaluate_detector(
     model: OpenVocabularyRCNN,
     image_text: ImageTextModel,
     loader: Iterable,
     annotations: str,
-    templates: list[str],
+    prompting: Prompting,
     output: Path,
-    use_synonyms: bool = True,
     control: bool = True,
     protocol: str = "lvis",
     samples: int = 0,
     fixed_ap: bool = False,
+    text_cache: str | Path | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Run the detector over a data set with the data set's own categories as vocabulary.
 
     Args:
         loader: batches of the pictures of `annotations`.
+        prompting: how the categories become prompts.
         output: folder for results and tables, one sub-folder per row.
-        use_synonyms: average the text embeddings of a category's name and synonyms.
         control: also run with shuffled text embeddings.
         protocol: "lvis" (300 detections a picture, labels may be incomplete as the file says) or "coco" (100 a picture
             and class, everything is labelled; OV-COCO is measured so). Files of `output` other than the detections are
             LVIS's either way.
         samples: resamples of the pictures for the intervals in each row's metrics.json and summary.md; 0 for none.
         fixed_ap: also measure AP_fixed, APr_fixed, …; see `OpenVocabularyEvaluator`.
+        text_cache: folder that keeps the categories' text embeddings; see `embed_vocabulary`.
 
     Returns:
         {"model": {"bbox": metrics, "segm": metrics}, "shuffled text": …}, metrics in 0–1; empty metrics on every
@@ -75,7 +117,8 @@ def evaluate_detector(
     categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
     base = {c["id"] for c in base_novel_split(categories)[0]}
     is_base = torch.tensor([c["id"] in base for c in categories])
-    embeddings = embed_vocabulary(Vocabulary.from_categories(categories), image_text, templates, use_synonyms)
+    vocabulary = Vocabulary.from_categories(categories)
+    embeddings = embed_once(vocabulary, image_text, prompting, text_cache)
     rows = {"model": embeddings}
     if control:
         rows["shuffled text"] = embeddings[torch.from_numpy(derangement(len(embeddings)))]
@@ -84,7 +127,7 @@ def evaluate_detector(
         model.set_text_embeddings(matrix.to(model.device), is_base.to(model.device))
         folder = output / name.replace(" ", "_")
         evaluator = OpenVocabularyEvaluator(ground_truth, folder, samples=samples, fixed_ap=fixed_ap)
-        with _quiet("detectron2.evaluation.evaluator"):
+        with _sparing("detectron2.evaluation.evaluator"):
             # A plain dict: Detectron2 gives an empty OrderedDict or None where another process has the metrics.
             results[name] = dict(inference_on_dataset(model, loader, evaluator) or {})
         if protocol == "coco":
@@ -94,16 +137,31 @@ def evaluate_detector(
     return results
 
 
+class _NowAndThen(logging.Filter):
+    """Of Detectron2's reports how far it is, one in so many seconds; nothing else below a warning."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is shown."""
+        if record.levelno >= logging.WARNING:
+            return True
+        due = record.getMessage().startswith("Inference done") and time.monotonic() - self.last >= self.seconds
+        self.last = time.monotonic() if due else self.last
+        return due
+
+
 @contextlib.contextmanager
-def _quiet(name: str):
-    """Only warnings from a chatty logger."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+def _sparing(name: str, seconds: float = 30.0) -> Iterator[None]:
+    """Let a chatty logger say how far it is and when it will be done, now and then."""
+    logger, sparing = logging.getLogger(name), _NowAndThen(seconds)
+    logger.addFilter(sparing)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(sparing)
 
 
 def results_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -114,5 +172,6 @@ def results_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         for task, metrics in tasks.items()
     }
     if all("APr" in metrics for metrics in rows.values()):
-        return markdown_table(rows, columns=COLUMNS, header="LVIS protocol, percent")
+        fixed = [name for name in FIXED_COLUMNS if any(name in metrics for metrics in rows.values())]
+        return markdown_table(rows, columns=[*COLUMNS, *fixed], header="LVIS protocol, percent")
     return markdown_table(rows, columns=COCO_COLUMNS, header="COCO protocol, percent")

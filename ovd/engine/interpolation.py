@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ovd.detector import IMAGE_TEXT, read_detector, save_detector
+from ovd.detector_folder import read_prompting
 
 
 def interpolate_states(before: dict[str, Tensor], after: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
@@ -52,7 +53,8 @@ def interpolate_detectors(
     if not _same_text(one.model, two.model):
         raise ValueError(f"{before} and {after} stand on different image-text models; words mean other things to each")
     second.load_state_dict(interpolate_states(first.state_dict(), second.state_dict(), weight))
-    return save_detector(folder, second, Path(after) / IMAGE_TEXT, asdict(second.architecture), base_names, float16)
+    image_text, architecture = Path(after) / IMAGE_TEXT, asdict(second.architecture)
+    return save_detector(folder, second, image_text, architecture, base_names, float16, read_prompting(after))
 
 
 def _same_text(one: torch.nn.Module, two: torch.nn.Module) -> bool:

@@ -1,18 +1,27 @@
 """Read a detector's LazyConfig and its overrides, with one clear sentence for what is wrong in them."""
 
 import difflib
+import inspect
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ovd.engine.evaluate import FUSION_SETTINGS, INFERENCE_SETTINGS
+from ovd.modeling.detector_config import DetectorConfig
 from pretrain.config import ConfigError
 
 REQUIRED = ("model", "data", "text", "optimizer", "schedule", "evaluation", "train")
-# Groups without fields of their own, to which an override may add.
-_OPEN = ("evaluation.fusion",)
+# Groups that may stand empty in a file, and what an override may put there.
+_OPEN = {
+    "evaluation.fusion": FUSION_SETTINGS,
+    "evaluation.inference": tuple(INFERENCE_SETTINGS),
+    "model.architecture": tuple(field.name for field in fields(DetectorConfig)),
+}
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Any:
@@ -50,13 +59,24 @@ def _check_override(cfg: DictConfig, override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form key=value")
     node, known_part = cfg, ""
     for part in key.split("."):
-        if known_part in _OPEN:
-            return
-        names = [str(k) for k in node] if isinstance(node, DictConfig) else []
+        names = _settable(node, known_part)
         if part not in names:
             near = difflib.get_close_matches(part, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names) or 'nothing'}"
             raise ConfigError(f"unknown field {key!r}: {hint}")
         known_part = f"{known_part}.{part}".lstrip(".")
-        node = OmegaConf.to_container(node, resolve=False)[part]
+        node = OmegaConf.to_container(node, resolve=False).get(part)
         node = OmegaConf.create(node, flags={"allow_objects": True}) if isinstance(node, dict) else node
+
+
+def _settable(node: Any, path: str) -> list[str]:
+    """Names that an override may set in a node: those written there, and the parameters of what it calls."""
+    if not isinstance(node, DictConfig):
+        return []
+    names = [str(name) for name in node if name != "_target_"]
+    called = OmegaConf.to_container(node, resolve=False).get("_target_")
+    if called is not None:
+        called = locate(called) if isinstance(called, str) else called
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names += [p.name for p in inspect.signature(called).parameters.values() if p.kind in named]
+    return list(dict.fromkeys([*names, *_OPEN.get(path, ())]))

@@ -15,8 +15,9 @@ from ovd.data.lvis import load_lvis, read_ground_truth
 from ovd.data.mapper import OpenVocabularyMapper
 from ovd.detections import Detections
 from ovd.detector import OpenVocabularyDetector, read_detector
+from ovd.detector_folder import read_prompting
 from ovd.evaluation.retention import RetentionReport, retention_report
-from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary
+from ovd.text.embeddings import Prompting, embed_vocabulary
 from ovd.text.vocabulary import Vocabulary, normalize_word, prompt_phrase
 from pretrain.atomic import write_atomically
 
@@ -28,8 +29,7 @@ def detect_categories(
     annotations: str | Path,
     image_root: str | Path,
     device: torch.device | str = "cpu",
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
-    use_synonyms: bool = True,
+    prompting: Prompting | None = None,
     limit: int | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> list[dict[str, Any]]:
@@ -38,14 +38,16 @@ def detect_categories(
     Args:
         detector: folder.
         annotations, image_root: LVIS file and the folder of its pictures.
-        templates, use_synonyms: how the categories are embedded.
+        prompting: how the categories become prompts; None takes the way that the detector was trained with.
         limit: only the first so many pictures; None for all.
         progress: wraps the list of pictures for display (`tqdm`-like).
     """
     model, image_text, base_names = read_detector(detector)
+    prompts = prompting or read_prompting(detector)
     found = OpenVocabularyDetector(model.to(device), image_text, base_names)
     categories = sorted(read_ground_truth(annotations)["categories"], key=lambda c: c["id"])
-    embeddings = embed_vocabulary(Vocabulary.from_categories(categories), image_text, templates, use_synonyms)
+    vocabulary = Vocabulary.from_categories(categories)
+    embeddings = embed_vocabulary(vocabulary, image_text, prompts.templates, prompts.use_synonyms)
     known = {normalize_word(prompt_phrase(name)) for name in base_names}
     is_base = torch.tensor([normalize_word(prompt_phrase(c["name"])) in known for c in categories])
     found.model.set_text_embeddings(embeddings.to(device), is_base.to(device))

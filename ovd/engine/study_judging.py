@@ -25,6 +25,7 @@ from ovd.engine.evaluate import derangement
 from ovd.engine.finetune import detector_folder
 from ovd.engine.interpolation import interpolate_detectors
 from ovd.engine.retention import detect_categories, first_pictures
+from ovd.engine.run_text import run_prompting
 from ovd.engine.study import BEFORE, Job, Result, StudyConfig, VariantSpec, judged, read_result
 from ovd.engine.trainer import resolve_device, train
 from ovd.evaluation.bootstrap import bootstrap
@@ -184,14 +185,14 @@ def choose_weights(rows: Sequence[SweepRow], tolerance: float) -> SweepRow:
 def judge_detection(study: StudyConfig, job: Job) -> dict[str, Any]:
     """Sweep the fusion weights on the validation pictures, then measure every variant on those that are reported."""
     detector = OpenVocabularyDetector.from_checkpoint(job.folder / "detector", resolve_device("auto"))
-    heads, text = detector.model.roi_heads, job.config.text
+    heads, prompting = detector.model.roi_heads, run_prompting(job.config)
     key = hashlib.sha256(judged(study, job).encode()).hexdigest()[:8]
     folders = {split: job.folder / f"scores-{split}-{key}" for split in ("validation", "test")}
 
     def collect(split: str, annotations: str, masks: bool) -> tuple[ScoreCache, dict[str, Any]]:
         return collect_scores(
-            detector, annotations, study.image_root, folders[split], list(text.templates), text.use_synonyms, "float16",
-            study.limit or None, masks=masks,
+            detector, annotations, study.image_root, folders[split], prompting, "float16", study.limit or None,
+            masks=masks,
         )  # fmt: skip
 
     rows: list[SweepRow] = []

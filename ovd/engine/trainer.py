@@ -23,14 +23,15 @@ from omegaconf import OmegaConf
 from ovd.data.leak_check import check_leaks
 from ovd.data.lvis import base_novel_split, read_ground_truth
 from ovd.detector import IMAGE_TEXT, OpenVocabularyDetector, read_detector, save_detector
+from ovd.detector_folder import write_base_words
 from ovd.engine import finetune
 from ovd.engine.checkpointer import AtomicCheckpointer
-from ovd.engine.evaluate import evaluate_detector, results_table
+from ovd.engine.evaluate import apply_settings, evaluate_detector, results_table
 from ovd.engine.loader import seed_all
 from ovd.engine.processes import wrap_for_processes
+from ovd.engine.run_text import CACHE, embed_once, run_prompting
 from ovd.engine.step import DetectorTrainer, autocast_dtype
 from ovd.modeling.rcnn import OpenVocabularyRCNN
-from ovd.text.embeddings import embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
 from pretrain.atomic import write_atomically
 from pretrain.config import ConfigError
@@ -38,8 +39,6 @@ from pretrain.engine.run_folder import RunFolder, file_fingerprint
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 
 logger = logging.getLogger(__name__)
-
-FUSION_SETTINGS = ("alpha", "beta", "objectness_delta", "detector_temperature")
 
 
 class LeakError(ValueError):
@@ -87,13 +86,12 @@ def check_training_data(cfg: Any, output: Path) -> None:
 
 
 def base_vocabulary(cfg: Any, image_text: ImageTextModel) -> BaseVocabulary:
-    """Names and text embeddings of the training categories, in the order of their ids."""
+    """Names and text embeddings (kept in the run folder) of the training categories, in the order of their ids."""
     ground_truth = read_ground_truth(cfg.data.train_annotations)
     categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
     pictures = Counter(i for i, _ in {(a["category_id"], a["image_id"]) for a in ground_truth["annotations"]})
-    embeddings = embed_vocabulary(
-        Vocabulary.from_categories(categories), image_text, list(cfg.text.templates), cfg.text.use_synonyms
-    )
+    vocabulary = Vocabulary.from_categories(categories)
+    embeddings = embed_once(vocabulary, image_text, run_prompting(cfg), Path(cfg.train.output) / CACHE)
     return BaseVocabulary([c["name"] for c in categories], embeddings, [pictures[c["id"]] for c in categories])
 
 
@@ -133,8 +131,7 @@ def train(cfg: Any, resume: bool = False) -> Path:
     if cfg.data.get("base_only", True):
         check_training_data(cfg, output)
     image_text_folder = Path(cfg.model.image_text) if start is None else finetune.detector_folder(start) / IMAGE_TEXT
-    image_text = load_checkpoint(image_text_folder)
-    vocabulary = base_vocabulary(cfg, image_text)
+    vocabulary = base_vocabulary(cfg, load_checkpoint(image_text_folder, device))
     annotations = cfg.data.train_annotations
     if comm.is_main_process():
         run = RunFolder(output, OmegaConf.to_yaml(plain(cfg)), {annotations: file_fingerprint(annotations)})
@@ -157,9 +154,12 @@ def _save(cfg: Any, model: OpenVocabularyRCNN, image_text: Path, names: list[str
         names = finetune.joined_names(read_detector(image_text.parent)[2], names)
         if cfg.finetune.interpolation < 1:
             target = folder.parent / finetune.TUNED
-    save_detector(target, model, image_text, base_names=names, float16=cfg.train.half)
+    save_detector(
+        target, model, image_text, base_names=names, float16=cfg.train.half, prompting=run_prompting(cfg)
+    )  # fmt: skip
     if target != folder:
         finetune.interpolate(cfg, folder.parent, folder)
+    write_base_words(folder, model.device)
 
 
 def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool) -> None:
@@ -180,7 +180,8 @@ def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool) -
     )
     checkpointer.resume_or_load("", resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    trainer.data_loader = instantiate(_filled(cfg.data.train, start_step=start))
+    loader = made_for(model, cfg.data.train, "data.train")
+    trainer.data_loader = instantiate(_filled(loader, start_step=start))
     trainer.train(start, cfg.train.max_iter)
 
 
@@ -202,6 +203,26 @@ def _filled(description: Any, **arguments: Any) -> Any:
     return description
 
 
+def made_for(model: OpenVocabularyRCNN, loader: Any, field: str) -> Any:
+    """A copy of a loader's description with pictures as large as the detector was made for.
+
+    Args:
+        field: of the config, for the message.
+
+    Raises:
+        ConfigError: the description has another size (0 is none): training, evaluation and `predict` would disagree.
+    """
+    size, given = model.architecture.image_size, loader.mapper.image_size
+    if given not in (0, size):
+        raise ConfigError(
+            f"{field}.mapper.image_size is {given}, but the detector was made for {size}: set it to {size}, or train "
+            f"one with model.architecture.image_size={given}"
+        )
+    loader = copy.deepcopy(loader)
+    loader.mapper.image_size = size
+    return loader
+
+
 def plain(cfg: Any) -> Any:
     """The config as plain containers; callables become their dotted names."""
 
@@ -219,19 +240,17 @@ def evaluate(cfg: Any, detector_folder: str | Path) -> dict[str, dict[str, dict[
     """Measure a detector checkpoint on cfg.evaluation's data; prints the table and writes it into the run folder."""
     device = resolve_device(cfg.train.device)
     detector = OpenVocabularyDetector.from_checkpoint(detector_folder, device=device)
-    for name, value in cfg.evaluation.fusion.items():
-        if name not in FUSION_SETTINGS:
-            raise ValueError(f"evaluation.fusion.{name} is no fusion setting: {', '.join(FUSION_SETTINGS)}")
-        setattr(detector.model.roi_heads, name, value)
+    measured = cfg.evaluation
+    fixed_ap = measured.get("fixed_ap", False)
+    apply_settings(detector.model, measured.fusion, measured.get("inference", {}), fixed_ap)
     output = Path(cfg.train.output) / "evaluation"
     if "detector" in cfg.model and comm.is_main_process():
         finetune.prepare_data(cfg, Path(cfg.train.output))
     comm.synchronize()
     results = evaluate_detector(
-        detector.model, detector.image_text, instantiate(cfg.data.test), cfg.evaluation.annotations,
-        list(cfg.text.templates), output, cfg.text.use_synonyms, cfg.evaluation.control,
-        cfg.evaluation.get("protocol", "lvis"), cfg.evaluation.get("samples", 0),
-        cfg.evaluation.get("fixed_ap", False),
+        detector.model, detector.image_text, instantiate(made_for(detector.model, cfg.data.test, "data.test")),
+        measured.annotations, run_prompting(cfg), output, measured.control, measured.get("protocol", "lvis"),
+        measured.get("samples", 0), fixed_ap, Path(cfg.train.output) / CACHE,
     )  # fmt: skip
     if not comm.is_main_process():  # the first process has gathered everything
         return results

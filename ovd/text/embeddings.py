@@ -7,6 +7,7 @@ This file does not read or write files for users: see `embedding_file.py`.
 import hashlib
 import warnings
 from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,19 @@ DEFAULT_TEMPLATES = ("{}", "a {}", "a drawing of a {}", "a picture of a {}")
 MAX_REMEMBERED = 100_000
 
 Prompts = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How the words of a data set become prompts.
+
+    Attributes:
+        templates: each with "{}" for the word.
+        use_synonyms: a class is the mean over all its phrases, not its name alone.
+    """
+
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    use_synonyms: bool = True
 
 
 def class_prompts(vocabulary: Vocabulary, templates: Sequence[str], use_synonyms: bool = False) -> list[Prompts]:

@@ -25,6 +25,7 @@ from ovd.sweep import (
     sweep_table,
     temper,
 )
+from ovd.text.embeddings import Prompting
 
 SIZES = {3: (100, 160), 5: (320, 240), 8: (200, 200)}  # id: (height, width)
 CATEGORIES = [
@@ -185,7 +186,7 @@ def test_collection_continues_where_it_stopped(collected, detector, annotations,
 def test_scores_of_something_else_are_not_mixed_in(detector, annotations, tmp_path) -> None:
     collect_scores(detector, annotations, annotations.parent, tmp_path, limit=1)
     with pytest.raises(ValueError, match="another run .different: embeddings, templates."):
-        collect_scores(detector, annotations, annotations.parent, tmp_path, templates=["one {}"])
+        collect_scores(detector, annotations, annotations.parent, tmp_path, Prompting(("one {}",)))
     with pytest.raises(ValueError, match="different: dtype"):
         collect_scores(detector, annotations, annotations.parent, tmp_path, dtype="float16")
     # What is decided after the scores may differ.

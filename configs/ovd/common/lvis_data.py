@@ -14,7 +14,7 @@ data = dict(
         image_root="${data.image_root}",
         mapper=L(OpenVocabularyMapper)(
             is_train=True,
-            image_size=1024,
+            image_size="${model.architecture.image_size}",
             scale_range=(0.1, 2.0),
             colour_jitter=0.0,
             with_masks=True,  # False, with model.architecture.mask_on=False, where the annotations are boxes only
@@ -28,7 +28,7 @@ data = dict(
     test=L(build_test_loader)(
         annotations="${evaluation.annotations}",
         image_root="${data.image_root}",
-        mapper=L(OpenVocabularyMapper)(is_train=False, image_size=1024),
+        mapper=L(OpenVocabularyMapper)(is_train=False, image_size="${model.architecture.image_size}"),
         batch_size=1,
         workers=4,
     ),
@@ -36,9 +36,10 @@ data = dict(
 
 evaluation = dict(
     annotations="data/lvis/lvis_v1_val.json",
-    fusion=dict(),
+    fusion=dict(),  # alpha, beta, objectness_delta, detector_temperature, where not the checkpoint's
+    inference=dict(),  # likewise nms_threshold, score_threshold, detections_per_image
     control=False,
     protocol="lvis",
     samples=0,  # resamples of the pictures for confidence intervals, e.g. 1000
-    fixed_ap=False,  # also the best 10,000 detections a class; wants detections_per_image above 300
+    fixed_ap=False,  # also the best 10,000 detections a class; wants inference.detections_per_image=1000
 )

@@ -12,7 +12,11 @@ data = dict(
         annotations="${data.train_annotations}",
         image_root="data/mini",
         mapper=L(OpenVocabularyMapper)(
-            is_train=True, image_size=320, scale_range=(0.6, 1.4), with_masks=True, regions=""
+            is_train=True,
+            image_size="${model.architecture.image_size}",
+            scale_range=(0.6, 1.4),
+            with_masks=True,
+            regions="",
         ),
         batch_size=4,
         workers=1,
@@ -21,7 +25,7 @@ data = dict(
     test=L(build_test_loader)(
         annotations="${evaluation.annotations}",
         image_root="data/mini",
-        mapper=L(OpenVocabularyMapper)(is_train=False, image_size=320),
+        mapper=L(OpenVocabularyMapper)(is_train=False, image_size="${model.architecture.image_size}"),
         batch_size=4,
         workers=1,
     ),
@@ -31,8 +35,9 @@ evaluation = dict(
     annotations="data/mini/mini_lvis_test.json",
     # alpha, beta, objectness_delta, detector_temperature, where they should differ from the checkpoint's
     fusion=dict(),
+    inference=dict(),  # likewise nms_threshold, score_threshold, detections_per_image
     control=True,  # also with the text embeddings shuffled
     protocol="lvis",  # or coco
     samples=0,  # resamples of the pictures for confidence intervals, e.g. 1000
-    fixed_ap=False,  # also the best 10,000 detections a class; wants detections_per_image above 300
+    fixed_ap=False,  # also the best 10,000 detections a class; wants inference.detections_per_image=1000
 )

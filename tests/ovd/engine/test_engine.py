@@ -190,8 +190,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_all_losses(co
 def test_intervals_and_fixed_ap_are_measured_when_asked_for(config):
     folder = trainer.train(config)
     config.evaluation.samples, config.evaluation.fixed_ap, config.evaluation.control = 5, True, False
+    # It would be that of the best detections of a picture, not of a class.
+    with pytest.raises(ConfigError, match=r"keeps 50 a picture: add evaluation\.inference\.detections_per_image"):
+        trainer.evaluate(config, folder)
+    config.evaluation.inference = {"detections_per_image": 301}
     results = trainer.evaluate(config, folder)
-    assert {"AP_fixed", "APr_fixed"} <= results["model"]["bbox"].keys()
+    assert {"AP_fixed", "APr_fixed"} <= results["model"]["bbox"].keys() and "AP_fixed" in results_table(results)
     content = json.loads((Path(config.train.output) / "evaluation" / "model" / "metrics.json").read_text())
     assert set(content["intervals"]["bbox"]["AP"]) == {"value", "low", "high"}
 
