@@ -16,7 +16,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", required=True, type=Path, metavar="DIR", help="detector folder, or image-text checkpoint")
     add("--vocabulary", required=True, metavar="WORDS", help='"koala, taco", or a .txt or (LVIS, COCO) .json file')
     add("--output", required=True, type=Path, metavar="FILE", help="file to write, ends in .safetensors")
-    add("--templates", type=Path, metavar="FILE", help="prompts with {}, one a line (default: those of the library)")
+    add("--templates", type=Path, metavar="FILE", help="prompts with {}, one a line (default: the detector's own)")
     add("--no-synonyms", action="store_true", help="embed names only, not the synonyms of a .json file")
     add("--threshold", type=float, default=0.95, help="cosine of near-duplicates (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
@@ -34,15 +34,17 @@ def run(options: argparse.Namespace) -> None:
 
     import warnings
 
+    from ovd.detector_folder import CONFIG, IMAGE_TEXT, read_prompting
     from ovd.text.diagnostics import background_of, diagnose_vocabulary
     from ovd.text.embedding_file import save_embeddings
-    from ovd.text.embeddings import DEFAULT_TEMPLATES, embed_vocabulary, read_templates
+    from ovd.text.embeddings import Prompting, embed_vocabulary, read_templates
     from pretrain.engine.device import Device
     from pretrain.modeling.checkpoint import load_checkpoint
 
-    templates = read_templates(options.templates) if options.templates else DEFAULT_TEMPLATES
-    synonyms = not options.no_synonyms
-    inner = options.checkpoint / "image_text"
+    own = read_prompting(options.checkpoint) if (options.checkpoint / CONFIG).is_file() else Prompting()
+    templates = read_templates(options.templates) if options.templates else own.templates
+    synonyms = own.use_synonyms and not options.no_synonyms
+    inner = options.checkpoint / IMAGE_TEXT
     model = load_checkpoint(inner if inner.is_dir() else options.checkpoint, Device(options.device).torch_device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* are cut short", category=UserWarning)  # in the diagnosis below

@@ -75,5 +75,9 @@ def config(config_overrides):
 
 @pytest.fixture
 def write(tmp_path):
-    """`write(split, number of categories, **options)`: a data file of the first classes (two base, one novel)."""
-    return lambda split, categories, **options: write_data(tmp_path, split, CATEGORIES[:categories], 6, **options)
+    """`write(split, number of categories, pictures=6, …)`: a data file of the first classes (two base, one novel)."""
+
+    def make(split: str, categories: int, pictures: int = 6, **options) -> Path:
+        return write_data(tmp_path, split, CATEGORIES[:categories], pictures, **options)
+
+    return make

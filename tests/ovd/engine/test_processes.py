@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from ovd.engine import trainer
+from ovd.engine.lazy_config import load_config
 
 _PROCESS = """
 import sys, torch
@@ -22,7 +26,8 @@ def work(config, overrides, folder):
         loop(cfg, model, output, resume)
         torch.save(model.state_dict(), f"{folder}/{comm.get_rank()}.pt")
     trainer._run_loop = kept
-    trainer.train(load_config(config, overrides))
+    cfg = load_config(config, overrides)
+    trainer.evaluate(cfg, trainer.train(cfg))
 
 torch.set_num_threads(1)
 run_in_processes(work, 1, (sys.argv[1], sys.argv[3:], sys.argv[2]))
@@ -35,13 +40,22 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_two_processes_share_batches_average_losses_and_keep_equal_weights(config_overrides, tmp_path):
+def detections(run: Path) -> list[dict]:
+    found = json.loads((run / "evaluation" / "model" / "detections.json").read_text())
+    return sorted(found, key=lambda d: (d["image_id"], -d["score"], d["category_id"], d["bbox"]))
+
+
+def test_two_processes_average_losses_keep_equal_weights_and_measure_like_one(config_overrides, tmp_path, write):
     root = str(Path(__file__).resolve().parents[3])
     common = {
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    overrides = [*config_overrides, "train.max_iter=3", "train.amp=bfloat16", "train.clip_norm=1.0"]
+    pictures = write("odd", 3, pictures=5)  # one process has one more
+    overrides = [
+        *config_overrides, "train.max_iter=3", "train.amp=bfloat16", "train.clip_norm=1.0",
+        f"evaluation.annotations={pictures}", "evaluation.control=False", "data.test.batch_size=1",
+    ]  # fmt: skip
     command = [sys.executable, "-c", _PROCESS, "configs/ovd/mini_lvis.py", str(tmp_path), *overrides]
     processes = []
     try:
@@ -61,4 +75,10 @@ def test_two_processes_share_batches_average_losses_and_keep_equal_weights(confi
     for line in lines:
         parts = [value for name, value in line.items() if name.startswith("loss_")]
         assert abs(sum(parts) - line["total_loss"]) < 1e-4 and line["gradient_norm"] > 0
-    assert (tmp_path / "run" / "detector" / "model.safetensors").is_file()
+    together = detections(tmp_path / "run")
+    config = load_config("configs/ovd/mini_lvis.py", [*overrides, f"train.output={tmp_path}/alone"])
+    trainer.evaluate(config, tmp_path / "run" / "detector")
+    alone = detections(tmp_path / "alone")
+    assert [d["image_id"] for d in together] == [d["image_id"] for d in alone]
+    assert {d["image_id"] for d in together} == {1, 2, 3, 4, 5}
+    np.testing.assert_allclose([d["score"] for d in together], [d["score"] for d in alone], rtol=1e-4)
