@@ -61,6 +61,7 @@ evaluation = dict(
     inference=dict(),
     control=False,
     protocol="lvis",
+    precision="float32",  # bfloat16, float16 (GPU), or auto: what the device has
     samples=0,
     fixed_ap=False,
 )

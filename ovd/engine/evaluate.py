@@ -20,6 +20,7 @@ from ovd.evaluation.coco_evaluator import evaluate_coco_results
 from ovd.evaluation.lvis_evaluator import OpenVocabularyEvaluator
 from ovd.evaluation.results import markdown_table
 from ovd.modeling.rcnn import OpenVocabularyRCNN
+from ovd.precision import find_dtype
 from ovd.text.embeddings import Prompting
 from ovd.text.vocabulary import Vocabulary
 from pretrain.config import ConfigError
@@ -89,6 +90,7 @@ def evaluate_detector(
     samples: int = 0,
     fixed_ap: bool = False,
     text_cache: str | Path | None = None,
+    precision: str = "float32",
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Run the detector over a data set with the data set's own categories as vocabulary.
 
@@ -103,16 +105,19 @@ def evaluate_detector(
         samples: resamples of the pictures for the intervals in each row's metrics.json and summary.md; 0 for none.
         fixed_ap: also measure AP_fixed, APr_fixed, …; see `OpenVocabularyEvaluator`.
         text_cache: folder that keeps the categories' text embeddings; see `embed_vocabulary`.
+        precision: of matrix products, see `OpenVocabularyDetector.set_precision`.
 
     Returns:
         {"model": {"bbox": metrics, "segm": metrics}, "shuffled text": …}, metrics in 0–1; empty metrics on every
         process but the first.
 
     Raises:
-        ValueError: another protocol.
+        ValueError: another protocol, or no such precision on this device.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"evaluation.protocol is {protocol!r}: choose {' or '.join(PROTOCOLS)}")
+    dtype = find_dtype(precision, model.device)
+    autocast = torch.autocast(model.device.type, dtype, enabled=dtype is not None)
     ground_truth = read_ground_truth(annotations)
     categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
     base = {c["id"] for c in base_novel_split(categories)[0]}
@@ -127,7 +132,7 @@ def evaluate_detector(
         model.set_text_embeddings(matrix.to(model.device), is_base.to(model.device))
         folder = output / name.replace(" ", "_")
         evaluator = OpenVocabularyEvaluator(ground_truth, folder, samples=samples, fixed_ap=fixed_ap)
-        with _sparing("detectron2.evaluation.evaluator"):
+        with _sparing("detectron2.evaluation.evaluator"), autocast:
             # A plain dict: Detectron2 gives an empty OrderedDict or None where another process has the metrics.
             results[name] = dict(inference_on_dataset(model, loader, evaluator) or {})
         if protocol == "coco":

@@ -251,6 +251,7 @@ def evaluate(cfg: Any, detector_folder: str | Path) -> dict[str, dict[str, dict[
         detector.model, detector.image_text, instantiate(made_for(detector.model, cfg.data.test, "data.test")),
         measured.annotations, run_prompting(cfg), output, measured.control, measured.get("protocol", "lvis"),
         measured.get("samples", 0), fixed_ap, Path(cfg.train.output) / CACHE,
+        measured.get("precision", "float32"),
     )  # fmt: skip
     if not comm.is_main_process():  # the first process has gathered everything
         return results

@@ -38,6 +38,7 @@ evaluation = dict(
     inference=dict(),  # likewise nms_threshold, score_threshold, detections_per_image
     control=True,  # also with the text embeddings shuffled
     protocol="lvis",  # or coco
+    precision="float32",  # bfloat16, float16 (GPU), or auto: what the device has
     samples=0,  # resamples of the pictures for confidence intervals, e.g. 1000
     fixed_ap=False,  # also the best 10,000 detections a class; wants inference.detections_per_image=1000
 )

@@ -13,6 +13,7 @@ from ovd.commands import train as command
 from ovd.engine import evaluate, trainer
 from ovd.engine.lazy_config import load_config
 from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.text import embeddings
 from pretrain.config import ConfigError
 from pretrain.modeling.checkpoint import load_checkpoint
@@ -44,6 +45,29 @@ def test_an_override_that_evaluation_alone_would_ignore_is_refused(config_overri
     assert any(override.startswith("model.architecture.") for override in given)
     assert command.main(given) != 0
     assert "use evaluation.fusion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_evaluation_computes_in_the_precision_asked_for_and_embeds_texts_in_float32(config, monkeypatch, precision):
+    folder, low = trainer.train(config), {}
+    inference, embed = OpenVocabularyRCNN.inference, embeddings._embed_groups
+
+    def watched_inference(self, batch, *rest):
+        low["network"] = torch.is_autocast_enabled("cpu")
+        return inference(self, batch, *rest)
+
+    def watched_embed(*arguments):
+        low["text"] = torch.is_autocast_enabled("cpu")
+        return embed(*arguments)
+
+    monkeypatch.setattr(OpenVocabularyRCNN, "inference", watched_inference)
+    monkeypatch.setattr(embeddings, "_embed_groups", watched_embed)
+    config.evaluation.control, config.evaluation.precision = False, precision
+    assert set(trainer.evaluate(config, folder)) == {"model"}
+    assert low == {"network": precision == "bfloat16", "text": False}
+    config.evaluation.precision = "half"
+    with pytest.raises(ValueError, match="precision is 'half'; choose one of float32"):
+        trainer.evaluate(config, folder)
 
 
 def test_settings_of_inference_change_what_is_kept(config):
