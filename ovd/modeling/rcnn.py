@@ -154,6 +154,7 @@ def build_detector(
         config.global_blocks,
         frozen=config.freeze_backbone,
         gradient_checkpointing=config.gradient_checkpointing,
+        power_of_two_patches=True,
     )
     backbone = ViTFeaturePyramid(net, config.pyramid_channels)
     shapes = {name: shape for name, shape in backbone.output_shape().items() if name != FEATURE}
@@ -172,7 +173,7 @@ def build_detector(
             box_coding=config.rpn_box_coding,
             fill_background=config.rpn_fill_background,
         ),
-        roi_heads=_build_roi_heads(config, image_text, visual, shapes),
+        roi_heads=_build_roi_heads(config, image_text, visual, shapes, net.patch_size),
         pixel_mean=[255.0 * value for value in image_text.mean],
         pixel_std=[255.0 * value for value in image_text.std],
         input_format="RGB",
@@ -191,7 +192,7 @@ def _crop_size(config: DetectorConfig, image_text: ImageTextModel) -> int:
 
 
 def _build_image_text_head(
-    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module
+    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module, patch_size: int
 ) -> RegionTextHead | None:
     if config.vlm_mode == "off":
         return None
@@ -203,7 +204,11 @@ def _build_image_text_head(
     scale = _image_text_scale(config, image_text)
     if config.vlm_mode == "crops":
         return CropTextHead(visual, image_text.embed_dim, scale, _crop_size(config, image_text), config.vlm_box_scale)
-    return ImageTextHead(visual, image_text.embed_dim, scale, config.vlm_output_size, config.vlm_box_scale, tower)
+    # The frozen copy keeps the patches that the tower was trained with; the backbone's may be larger.
+    stride = patch_size if tower is None else tower.patch_size
+    return ImageTextHead(
+        visual, image_text.embed_dim, scale, config.vlm_output_size, config.vlm_box_scale, tower, stride
+    )
 
 
 def _build_box_head(config: DetectorConfig) -> nn.Module:
@@ -242,7 +247,7 @@ def _build_distillation(
 
 
 def _build_roi_heads(
-    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module, shapes: dict
+    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module, shapes: dict, patch_size: int
 ) -> OpenVocabularyROIHeads:
     scales = tuple(1.0 / shape.stride for shape in shapes.values())
     box_head, classifier = _build_box_head(config), _build_classifier(config, image_text)
@@ -255,7 +260,7 @@ def _build_roi_heads(
         }
     distillation, distilled_head = _build_distillation(config, image_text, visual)
     return OpenVocabularyROIHeads(
-        image_text_head=_build_image_text_head(config, image_text, visual),
+        image_text_head=_build_image_text_head(config, image_text, visual, patch_size),
         alpha=config.alpha,
         beta=config.beta,
         objectness_delta=config.objectness_delta,
