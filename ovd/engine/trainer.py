@@ -142,7 +142,7 @@ def train(cfg: Any, resume: bool = False) -> Path:
     model: OpenVocabularyRCNN = instantiate(cfg.model).to(device)
     model.set_text_embeddings(vocabulary.embeddings.to(device), torch.ones(len(vocabulary.names), dtype=torch.bool))
     model.roi_heads.box_predictor.set_class_counts(vocabulary.image_counts)
-    _run_loop(cfg, model, output, resume)
+    _run_loop(cfg, model, output, resume, image_text.fingerprint)
     folder = output / "detector"
     if comm.is_main_process():
         _save(cfg, model, image_text_folder, vocabulary.names, folder)
@@ -162,7 +162,7 @@ def _save(cfg: Any, model: OpenVocabularyRCNN, image_text: Path, names: list[str
         finetune.interpolate(cfg, folder.parent, folder)
 
 
-def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool) -> None:
+def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool, teacher: str) -> None:
     model.train()
     main = comm.is_main_process()
     optimizer = instantiate(_filled(cfg.optimizer, model=model))
@@ -180,7 +180,10 @@ def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool) -
     )
     checkpointer.resume_or_load("", resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    trainer.data_loader = instantiate(_filled(cfg.data.train, start_step=start))
+    loader = _filled(cfg.data.train, start_step=start)
+    if "regions" in loader.get("mapper", ()):
+        loader.mapper.regions_teacher = teacher  # regions of another image-text model are refused
+    trainer.data_loader = instantiate(loader)
     trainer.train(start, cfg.train.max_iter)
 
 

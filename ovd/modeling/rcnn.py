@@ -11,7 +11,7 @@ import torch
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ovd.losses.distillation import RegionTeacher
@@ -64,25 +64,36 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         return {**detector_losses, **proposal_losses}
 
     @torch.no_grad()
-    def embed_proposals(self, inputs: dict, limit: int = 300) -> tuple[Tensor, Tensor]:
+    def propose(self, inputs: dict, limit: int = 300) -> Boxes:
+        """At most `limit` best proposals of one picture, in pixels of the original; the model is in evaluation mode."""
+        images = self.preprocess_image([inputs])
+        features = self.backbone(images.tensor, images.image_sizes)
+        boxes = self.proposal_generator(images, features, None)[0][0].proposal_boxes[:limit]
+        height, width = images.image_sizes[0]
+        boxes.scale(inputs.get("width", width) / width, inputs.get("height", height) / height)
+        return boxes
+
+    @torch.no_grad()
+    def embed_proposals(
+        self, inputs: dict, limit: int = 300, proposer: "OpenVocabularyRCNN | None" = None
+    ) -> tuple[Tensor, Tensor]:
         """Best proposals of one picture and the distillation teacher's embeddings of them, for `precompute_regions`.
 
         Args:
-            inputs: as in `forward`, without augmentation; the model is in evaluation mode.
+            inputs: as in `forward`, without augmentation; the models are in evaluation mode.
             limit: proposals, at most.
+            proposer: detector whose proposals they are; None: this one's own.
 
         Returns:
             (R, 4) xyxy in pixels of the original picture, and (R, D) normalised.
         """
         if self.roi_heads.distillation is None:
             raise ValueError("this detector has no distillation teacher; build it with distillation 'shared'")
-        images = self.preprocess_image([inputs])
-        features = self.backbone(images.tensor, images.image_sizes)
-        boxes = self.proposal_generator(images, features, None)[0][0].proposal_boxes[:limit]
-        embeddings = self.roi_heads.distillation.teacher(images.tensor, [boxes.tensor])
+        boxes = (proposer or self).propose(inputs, limit)
+        images, shown = self.preprocess_image([inputs]), boxes.clone()
         height, width = images.image_sizes[0]
-        boxes.scale(inputs.get("width", width) / width, inputs.get("height", height) / height)
-        return boxes.tensor, embeddings
+        shown.scale(width / inputs.get("width", width), height / inputs.get("height", height))
+        return boxes.tensor, self.roi_heads.distillation.teacher(images.tensor, [shown.tensor])
 
     @torch.no_grad()
     def inference(

@@ -12,7 +12,11 @@ data = dict(
         annotations="${data.train_annotations}",
         image_root="data/mini",
         mapper=L(OpenVocabularyMapper)(
-            is_train=True, image_size=320, scale_range=(0.6, 1.4), with_masks=True, regions=""
+            is_train=True,
+            image_size=320,
+            scale_range=(0.6, 1.4),
+            with_masks=True,
+            regions="",  # to distil: folder of tools/prepare_data.py regions; empty: made from each picture
         ),
         batch_size=4,
         workers=1,

@@ -133,6 +133,16 @@ def test_fewer_given_regions_than_the_limit_are_all_distilled(image_text) -> Non
     torch.testing.assert_close(losses[0], losses[1])
 
 
+def test_regions_of_another_detectors_proposals_have_this_ones_embeddings(image_text) -> None:
+    model = detector(image_text, distillation="shared").eval()
+    torch.manual_seed(7)
+    other = build_detector(DetectorConfig(**{**SMALL, "distillation": "shared"}), image_text).eval()
+    boxes, embeddings = model.embed_proposals(picture(), proposer=other)
+    wanted, same_towers = other.embed_proposals(picture())
+    assert torch.equal(boxes, wanted) and not torch.equal(boxes, model.embed_proposals(picture())[0])
+    torch.testing.assert_close(embeddings, same_towers)
+
+
 def test_the_distilled_heads_loss_falls(image_text) -> None:
     model = detector(image_text, distillation="ensemble", distillation_weight=1.0)
     optimizer = torch.optim.AdamW(model.roi_heads.distilled_head.parameters(), lr=5e-3)
