@@ -1,7 +1,7 @@
 """Build or check data sets: `python tools/prepare_data.py mini` makes the miniature (drawings, captions, LVIS files).
 
 `trees` fetches photographs of forests with boxes, to fine-tune on. `lvis`, `coco` and `custom` check your own download
-and write training files without the novel classes.
+and write training files without the novel classes. `regions` embeds regions of training pictures, for distillation.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 # Python puts this folder first on the path, where `pretrain.py` would pass for the package `pretrain`.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ovd.commands import region_files  # noqa: E402
 from pretrain.commands.outcome import exit_status  # noqa: E402
 
 
@@ -118,6 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     trees.add_argument("--root", type=Path, default=Path("data/trees"), help="where to put it (default: %(default)s)")
     trees.set_defaults(work=fetch_trees)
     add_checks(sets)
+    regions = sets.add_parser("regions", help="embed regions of training pictures, for distillation (docs/data.md)")
+    region_files.add_arguments(regions)
+    regions.set_defaults(work=region_files.run)
     options = parser.parse_args(arguments)
 
     from pretrain.data.npm_archives import FetchError

@@ -61,9 +61,10 @@ class OpenVocabularyMapper:
         scale_range: training: picture size relative to `image_size`.
         colour_jitter: largest relative change of brightness, contrast and saturation; 0 switches it off.
         with_masks: give `gt_masks`.
-        regions: training: folder of regions to distil, made by `ovd.data.regions.precompute_regions`; given as
-            "regions". Empty: none, and distillation makes them from the picture.
-        regions_teacher: fingerprint of the image-text model that must have made them; empty: any.
+        regions: training: folder of regions to distil, made by `tools/prepare_data.py regions`; given as "regions".
+            Empty: none, and distillation makes them from the picture.
+        regions_teacher: fingerprint of the image-text model that must have made them, which the trainer fills in;
+            empty: any.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class OpenVocabularyMapper:
         if not 0 <= colour_jitter < 1:
             raise ValueError(f"colour_jitter {colour_jitter} must lie in [0, 1)")
         if regions and not Path(regions).is_dir():
-            raise ValueError(f"regions {regions!r} is no folder: make it with ovd.data.regions.precompute_regions")
+            raise ValueError(f"regions {regions!r} is no folder: make it with tools/prepare_data.py regions")
         self.is_train, self.with_masks = is_train, with_masks
         self.regions, self.regions_teacher = regions, regions_teacher or None
         self.skipped = 0

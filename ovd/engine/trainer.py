@@ -52,6 +52,7 @@ class BaseVocabulary:
     names: list[str]
     embeddings: torch.Tensor  # (C, D), normalised
     image_counts: list[int]  # training pictures with each class, for federated losses
+    image_text: str  # fingerprint of the model that embedded them
 
 
 def check_training_data(cfg: Any, output: Path) -> None:
@@ -92,7 +93,8 @@ def base_vocabulary(cfg: Any, image_text: ImageTextModel) -> BaseVocabulary:
     pictures = Counter(i for i, _ in {(a["category_id"], a["image_id"]) for a in ground_truth["annotations"]})
     vocabulary = Vocabulary.from_categories(categories)
     embeddings = embed_once(vocabulary, image_text, run_prompting(cfg), Path(cfg.train.output) / CACHE)
-    return BaseVocabulary([c["name"] for c in categories], embeddings, [pictures[c["id"]] for c in categories])
+    counts = [pictures[c["id"]] for c in categories]
+    return BaseVocabulary([c["name"] for c in categories], embeddings, counts, image_text.fingerprint)
 
 
 def resolve_device(name: str) -> str:
@@ -139,7 +141,7 @@ def train(cfg: Any, resume: bool = False) -> Path:
     model: OpenVocabularyRCNN = instantiate(cfg.model).to(device)
     model.set_text_embeddings(vocabulary.embeddings.to(device), torch.ones(len(vocabulary.names), dtype=torch.bool))
     model.roi_heads.box_predictor.set_class_counts(vocabulary.image_counts)
-    _run_loop(cfg, model, output, resume)
+    _run_loop(cfg, model, output, resume, vocabulary.image_text)
     folder = output / "detector"
     if comm.is_main_process():
         _save(cfg, model, image_text_folder, vocabulary.names, folder)
@@ -162,7 +164,7 @@ def _save(cfg: Any, model: OpenVocabularyRCNN, image_text: Path, names: list[str
     write_base_words(folder, model.device)
 
 
-def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool) -> None:
+def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool, teacher: str) -> None:
     model.train()
     main = comm.is_main_process()
     optimizer = instantiate(_filled(cfg.optimizer, model=model))
@@ -180,8 +182,10 @@ def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool) -
     )
     checkpointer.resume_or_load("", resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    loader = made_for(model, cfg.data.train, "data.train")
-    trainer.data_loader = instantiate(_filled(loader, start_step=start))
+    loader = _filled(made_for(model, cfg.data.train, "data.train"), start_step=start)
+    if "regions" in loader.mapper:
+        loader.mapper.regions_teacher = teacher  # regions of another image-text model are refused
+    trainer.data_loader = instantiate(loader)
     trainer.train(start, cfg.train.max_iter)
 
 

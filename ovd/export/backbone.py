@@ -17,23 +17,27 @@ class TensorViT(nn.Module):
 
     Args:
         net: the trained tower; its modules are shared.
-        divisor: pixels; H' and W' are multiples of it, and it is a multiple of the patch size.
+        divisor: pixels; H' and W' are multiples of it. Where it is none of the patch size (a frozen copy of patches of
+            14 px), the last patches are filled up with zeros, as in the backbone.
     """
 
     def __init__(self, net: WindowedViT, divisor: int) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.fills_patches = net, divisor % net.patch_size > 0
         prefix = net.num_prefix_positions
         side = -(-net.image_size // net.patch_size)
         table = resample_grid(net.pos_embed.detach(), side, num_prefix_tokens=prefix)[:, prefix:]
         # A canvas that is no multiple of the divisor is padded beyond its positions, with zeros, as in the backbone.
-        padded = -(-net.image_size // divisor) * divisor // net.patch_size
+        padded = -(-(-(-net.image_size // divisor) * divisor) // net.patch_size)
         table = F.pad(table.reshape(1, side, side, -1), (0, 0, 0, padded - side, 0, padded - side))
         self.register_buffer("positions", table)
 
     def forward(self, images: Tensor, height: int, width: int) -> Tensor:
         """Compute the last feature map; height and width are those of the picture without padding, in pixels."""
         net, patch = self.net, self.net.patch_size
+        if self.fills_patches:
+            right, bottom = ((side + patch - 1) // patch * patch - side for side in (images.shape[3], images.shape[2]))
+            images = F.pad(images, (0, right, 0, bottom))
         grid = net.patch_norm(net.patch_embed(images).permute(0, 2, 3, 1))
         rows, columns = torch.arange(grid.shape[1]), torch.arange(grid.shape[2])
         # Not a slice: tracing would take whether it leaves anything out for a rule.

@@ -4,8 +4,6 @@ Source: `ovd.modeling.rcnn` and `ovd.modeling.roi_heads`, whose trained modules 
 the picture, embedding words, pasting masks; these are the consumer's (`examples/onnx_detect.py`).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +16,6 @@ from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.modeling.roi_heads import ENSEMBLE_ALPHA, ENSEMBLE_BETA
 from ovd.modeling.score_fusion import apply_objectness, background_first
 from ovd.modeling.temperature import temper
-from ovd.modeling.text_classifier import MAX_SCALE
 
 # Candidates for the last NMS, per detection wanted and at least.
 _CANDIDATES, _AT_LEAST = 4, 1000
@@ -116,8 +113,7 @@ class TensorDetector(nn.Module):
     def _class_probabilities(self, region: Tensor, text: Tensor) -> Tensor:
         """(K, 1 + C) probabilities of `TextClassifier` with these words, the background in column 0."""
         classifier = self.heads.box_predictor.cls_score
-        scale = classifier.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
-        region = scale * classifier.embed(region)
+        region = classifier.scale() * classifier.embed(region)
         if classifier.classification == "sigmoid":
             # No background: its probability is 0.
             return F.pad((region @ text.T + classifier.bias).sigmoid(), (1, 0))

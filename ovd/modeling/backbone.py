@@ -2,7 +2,8 @@
 
 Source: ViTDet (section 3) as used by RO-ViT and DITO: windows in all blocks but four evenly spaced global ones,
 position table resampled to the detection grid, strides 4 to 32 made from the last map. timm's own blocks are reused;
-norms and MLPs act on each token alone, so a whole block may run window by window.
+norms and MLPs act on each token alone, so a whole block may run window by window. Patches whose side is no power of two
+are resampled to one that is, as in FlexiViT (Beyer et al., 2023, arXiv 2212.08013, section 3.4).
 This file does not load checkpoints, convert towers of other kinds (`image_tower`), or have relative positions.
 """
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.backbone.utils import window_partition, window_unpartition
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
+from timm.layers import resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +29,29 @@ def global_block_indices(depth: int, count: int = 4) -> tuple[int, ...]:
     """Zero-based indices of `count` evenly spaced global blocks, the last included: 12 blocks give 2, 5, 8, 11."""
     count = min(count, depth)
     return tuple((i + 1) * depth // count - 1 for i in range(count))
+
+
+def next_power_of_two(side: int) -> int:
+    """The smallest power of two that is at least `side`: 14 gives 16, 16 stays."""
+    return 1 << (side - 1).bit_length()
+
+
+def resample_patches(embed: nn.Conv2d, side: int) -> nn.Conv2d:
+    """A copy of a patch embedding for patches of another side.
+
+    Its kernel is multiplied by the pseudo-inverse of bilinear resizing, which the detector's pictures are resized with
+    too (and FlexiViT's): a patch that is enlarged so has the embedding that it had before.
+
+    Args:
+        embed: non-overlapping square patches, D x 3 x P x P.
+        side: new P in pixels, at least the old one for the embeddings to stay.
+    """
+    copied = copy.deepcopy(embed)
+    if side == embed.kernel_size[0]:
+        return copied
+    copied.weight = nn.Parameter(resample_patch_embed(embed.weight.detach(), [side, side], interpolation="bilinear"))
+    copied.kernel_size = copied.stride = (side, side)
+    return copied
 
 
 class WindowedViT(Backbone):
@@ -46,6 +71,7 @@ class WindowedViT(Backbone):
         global_blocks: number of evenly spaced global blocks, or their zero-based indices.
         frozen: no gradients, evaluation mode always.
         gradient_checkpointing: compute activations again in the backward pass, saving memory.
+        power_of_two_patches: resample patches of another side, as a pyramid needs it; the copy alone changes.
     """
 
     def __init__(
@@ -56,6 +82,7 @@ class WindowedViT(Backbone):
         global_blocks: int | Sequence[int] = 4,
         frozen: bool = False,
         gradient_checkpointing: bool = False,
+        power_of_two_patches: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(trunk, VisionTransformer) or trunk.pos_embed is None:
@@ -63,7 +90,9 @@ class WindowedViT(Backbone):
                 f"the image tower is a {type(trunk).__name__}, but the backbone needs a timm VisionTransformer with an "
                 "absolute position table; choose such a tower for pretraining"
             )
-        self.patch_embed = copy.deepcopy(trunk.patch_embed.proj)
+        side = trunk.patch_embed.proj.kernel_size[0]
+        side = next_power_of_two(side) if power_of_two_patches else side
+        self.patch_embed = resample_patches(trunk.patch_embed.proj, side)
         self.patch_norm = copy.deepcopy(trunk.patch_embed.norm)
         self.pos_embed = nn.Parameter(trunk.pos_embed.detach().clone())
         prefix = [token.detach() for token in (trunk.cls_token, trunk.reg_token) if token is not None]
@@ -71,7 +100,7 @@ class WindowedViT(Backbone):
         # Whether the position table has rows for the prefix tokens (timm's no_embed_class says it has not).
         self.num_prefix_positions = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
         self.norm_pre, self.blocks, self.norm = (copy.deepcopy(m) for m in (trunk.norm_pre, trunk.blocks, trunk.norm))
-        self.patch_size = self.patch_embed.kernel_size[0]
+        self.patch_size = side
         self.image_size = image_size
         self.window_size = window_size
         depth = len(self.blocks)
@@ -206,12 +235,17 @@ class ViTFeaturePyramid(SimpleFeaturePyramid):
     """ViTDet's simple feature pyramid over a `WindowedViT`, which also returns the raw map for the image-text score.
 
     Contract: images (B, 3, H, W), sides multiples of 32 -> {"p2", "p3", "p4", "p5": (B, channels, ., .),
-    "vit": (B, D, ., .)}.
+    "vit": (B, D, ., .)}, for patches of 16 px; other powers of two shift strides and names.
     All maps are zero in the padding, also where the pyramid's 3x3 convolutions read it: they see it as they see the
     outside of a picture, so that what a picture gives does not depend on how far it is padded.
     """
 
     def __init__(self, net: WindowedViT, out_channels: int = 64) -> None:
+        if next_power_of_two(net.patch_size) != net.patch_size:
+            raise ValueError(
+                f"patches of {net.patch_size} px are no power of two, so a pyramid has no whole strides; build the "
+                "WindowedViT with power_of_two_patches"
+            )
         super().__init__(net, FEATURE, out_channels, scale_factors=(4.0, 2.0, 1.0, 0.5), norm="LN")
         self.pyramid_features = list(self._out_features)
         self._out_features = self.pyramid_features + [FEATURE]

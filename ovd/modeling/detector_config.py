@@ -51,7 +51,7 @@ class DetectorConfig:
         distillation: "off"; "shared" (ViLD: the text-classified head also learns the image tower's embeddings of crops
             of proposals); "ensemble" (a second head learns them, and both are fused).
         distillation_weight: factor on the distillation loss (ViLD: 0.5 to 2).
-        distillation_regions: proposals distilled in a picture, at most.
+        distillation_regions: proposals, or regions from files, distilled in a picture, at most.
         distillation_box_scales: the embeddings of crops of these sizes, relative to the box, are averaged; their side
             in pixels is vlm_crop_size.
         vlm_mode: map for the image-text score: "backbone" (the detector's own), "frozen_copy" (a copy of the

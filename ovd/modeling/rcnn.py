@@ -11,7 +11,7 @@ import torch
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ovd.losses.distillation import RegionTeacher
@@ -64,25 +64,36 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         return {**detector_losses, **proposal_losses}
 
     @torch.no_grad()
-    def embed_proposals(self, inputs: dict, limit: int = 300) -> tuple[Tensor, Tensor]:
+    def propose(self, inputs: dict, limit: int = 300) -> Boxes:
+        """At most `limit` best proposals of one picture, in pixels of the original; the model is in evaluation mode."""
+        images = self.preprocess_image([inputs])
+        features = self.backbone(images.tensor, images.image_sizes)
+        boxes = self.proposal_generator(images, features, None)[0][0].proposal_boxes[:limit]
+        height, width = images.image_sizes[0]
+        boxes.scale(inputs.get("width", width) / width, inputs.get("height", height) / height)
+        return boxes
+
+    @torch.no_grad()
+    def embed_proposals(
+        self, inputs: dict, limit: int = 300, proposer: "OpenVocabularyRCNN | None" = None
+    ) -> tuple[Tensor, Tensor]:
         """Best proposals of one picture and the distillation teacher's embeddings of them, for `precompute_regions`.
 
         Args:
-            inputs: as in `forward`, without augmentation; the model is in evaluation mode.
+            inputs: as in `forward`, without augmentation; the models are in evaluation mode.
             limit: proposals, at most.
+            proposer: detector whose proposals they are; None: this one's own.
 
         Returns:
             (R, 4) xyxy in pixels of the original picture, and (R, D) normalised.
         """
         if self.roi_heads.distillation is None:
             raise ValueError("this detector has no distillation teacher; build it with distillation 'shared'")
-        images = self.preprocess_image([inputs])
-        features = self.backbone(images.tensor, images.image_sizes)
-        boxes = self.proposal_generator(images, features, None)[0][0].proposal_boxes[:limit]
-        embeddings = self.roi_heads.distillation.teacher(images.tensor, [boxes.tensor])
+        boxes = (proposer or self).propose(inputs, limit)
+        images, shown = self.preprocess_image([inputs]), boxes.clone()
         height, width = images.image_sizes[0]
-        boxes.scale(inputs.get("width", width) / width, inputs.get("height", height) / height)
-        return boxes.tensor, embeddings
+        shown.scale(width / inputs.get("width", width), height / inputs.get("height", height))
+        return boxes.tensor, self.roi_heads.distillation.teacher(images.tensor, [shown.tensor])
 
     @torch.no_grad()
     def inference(
@@ -154,6 +165,7 @@ def build_detector(
         config.global_blocks,
         frozen=config.freeze_backbone,
         gradient_checkpointing=config.gradient_checkpointing,
+        power_of_two_patches=True,
     )
     backbone = ViTFeaturePyramid(net, config.pyramid_channels)
     shapes = {name: shape for name, shape in backbone.output_shape().items() if name != FEATURE}
@@ -172,7 +184,7 @@ def build_detector(
             box_coding=config.rpn_box_coding,
             fill_background=config.rpn_fill_background,
         ),
-        roi_heads=_build_roi_heads(config, image_text, visual, shapes),
+        roi_heads=_build_roi_heads(config, image_text, visual, shapes, net.patch_size),
         pixel_mean=[255.0 * value for value in image_text.mean],
         pixel_std=[255.0 * value for value in image_text.std],
         input_format="RGB",
@@ -191,7 +203,7 @@ def _crop_size(config: DetectorConfig, image_text: ImageTextModel) -> int:
 
 
 def _build_image_text_head(
-    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module
+    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module, patch_size: int
 ) -> RegionTextHead | None:
     if config.vlm_mode == "off":
         return None
@@ -203,7 +215,11 @@ def _build_image_text_head(
     scale = _image_text_scale(config, image_text)
     if config.vlm_mode == "crops":
         return CropTextHead(visual, image_text.embed_dim, scale, _crop_size(config, image_text), config.vlm_box_scale)
-    return ImageTextHead(visual, image_text.embed_dim, scale, config.vlm_output_size, config.vlm_box_scale, tower)
+    # The frozen copy keeps the patches that the tower was trained with; the backbone's may be larger.
+    stride = patch_size if tower is None else tower.patch_size
+    return ImageTextHead(
+        visual, image_text.embed_dim, scale, config.vlm_output_size, config.vlm_box_scale, tower, stride
+    )
 
 
 def _build_box_head(config: DetectorConfig) -> nn.Module:
@@ -242,7 +258,7 @@ def _build_distillation(
 
 
 def _build_roi_heads(
-    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module, shapes: dict
+    config: DetectorConfig, image_text: ImageTextModel, visual: nn.Module, shapes: dict, patch_size: int
 ) -> OpenVocabularyROIHeads:
     scales = tuple(1.0 / shape.stride for shape in shapes.values())
     box_head, classifier = _build_box_head(config), _build_classifier(config, image_text)
@@ -255,7 +271,7 @@ def _build_roi_heads(
         }
     distillation, distilled_head = _build_distillation(config, image_text, visual)
     return OpenVocabularyROIHeads(
-        image_text_head=_build_image_text_head(config, image_text, visual),
+        image_text_head=_build_image_text_head(config, image_text, visual, patch_size),
         alpha=config.alpha,
         beta=config.beta,
         objectness_delta=config.objectness_delta,

@@ -30,7 +30,7 @@ class Distillation:
     Attributes:
         teacher: embeds the crops of regions.
         weight: factor on the loss (ViLD: 0.5 to 2).
-        regions: proposals distilled in a picture, drawn at random, at most.
+        regions: proposals, or given regions, distilled in a picture, drawn at random, at most.
     """
 
     teacher: RegionTeacher
@@ -191,14 +191,13 @@ class OpenVocabularyROIHeads(StandardROIHeads):
     ) -> dict[str, Tensor]:
         if self.distillation is None:
             return {}
+        device, limit = images.tensor.device, self.distillation.regions
+        drawn = [p[torch.randperm(len(p), device=device)[:limit]] for p in (proposals if regions is None else regions)]
+        boxes = [d.proposal_boxes for d in drawn]
         if regions is None:
-            limit = self.distillation.regions
-            boxes = [p.proposal_boxes for p in proposals]
-            boxes = [b[torch.randperm(len(b), device=b.device)[:limit]] for b in boxes]
             target = self.distillation.teacher(images.tensor, [b.tensor for b in boxes])
         else:
-            boxes = [r.proposal_boxes for r in regions]
-            target = torch.cat([r.teacher_embeddings for r in regions])
+            target = torch.cat([d.teacher_embeddings for d in drawn])
         pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
         if self.distilled_head is None:
             student = self.box_predictor.cls_score.embed(self.box_head(pooled))

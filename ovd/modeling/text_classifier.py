@@ -58,7 +58,7 @@ class TextClassifier(nn.Module):
         input_dim: width of the region feature.
         embed_dim: width D of the joint image-text space.
         scale: initial factor on the cosine, the inverse of the temperature.
-        learn_scale: train log(scale), clamped to `MAX_SCALE`; False keeps it.
+        learn_scale: train log(scale), at most log(`MAX_SCALE`); False keeps it.
         background_embedding: (D,) fixed embedding of the background, e.g. of an empty prompt; None learns one.
         classification: one of `CLASSIFICATIONS`.
     """
@@ -127,6 +127,17 @@ class TextClassifier(nn.Module):
         """Region features (N, input_dim) -> normalised float32 embeddings (N, D) in the joint space."""
         return F.normalize(self.projection(features).float(), dim=-1)
 
+    def scale(self) -> Tensor:
+        """Scalar float32 factor on the cosine, at most `MAX_SCALE`; in training the parameter itself is put there."""
+        most = math.log(MAX_SCALE)
+        if not self.training:
+            return self.log_scale.float().clamp(max=most).exp()  # the last step may have left it a little above
+        # A clamp in the graph would give a parameter above the limit no gradient, so that it stayed there for ever.
+        # Done here and not after a step, it holds for any training loop, and for what a checkpoint brings.
+        with torch.no_grad():
+            self.log_scale.clamp_(max=most)
+        return self.log_scale.float().exp()
+
     def forward(self, features: Tensor) -> Tensor:
         """Region features (N, input_dim) -> float32 logits (N, C + 1), the background last."""
         if self.num_classes == 0:
@@ -134,7 +145,7 @@ class TextClassifier(nn.Module):
         region = self.embed(features)
         with torch.autocast(device_type=region.device.type, enabled=False):
             classes = self.text_embeddings.float()
-            scale = self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
+            scale = self.scale()
             if self.classification == "sigmoid":
                 return F.pad(scale * region @ classes.T + self.bias.float(), (0, 1), value=-math.inf)
             background = F.normalize(self.background_embedding.float(), dim=-1)

@@ -35,7 +35,7 @@ class RegionTextHead(nn.Module, ABC):
     with a zero background column 0. All weights are copies and frozen.
 
     Args:
-        stride: patch size of the tower in pixels.
+        stride: side in pixels of a patch of what regions are read by.
         embed_dim: width of the joint space.
         scale: factor on the cosine, usually the model's own exp(logit_scale).
         box_scale: factor on the boxes about their centres.
@@ -107,6 +107,8 @@ class ImageTextHead(RegionTextHead):
         embed_dim, scale, box_scale: see `RegionTextHead`.
         output_size: side of the RoIAlign grid that is averaged.
         tower: frozen copy of the pretrained tower; None scores the detector's own backbone map.
+        stride: side in pixels of a patch of the map that is scored; None: the tower's own, which a backbone may have
+            resampled.
 
     Raises:
         ValueError: if the tower does not pool by an average over patches, so that regions have no place in its space.
@@ -120,9 +122,10 @@ class ImageTextHead(RegionTextHead):
         output_size: int = 7,
         box_scale: float = 1.0,
         tower: WindowedViT | None = None,
+        stride: int | None = None,
     ) -> None:
         trunk = visual.trunk
-        super().__init__(trunk.patch_embed.proj.kernel_size[0], embed_dim, scale, box_scale)
+        super().__init__(stride or trunk.patch_embed.proj.kernel_size[0], embed_dim, scale, box_scale)
         # A class-token tower reads regions through its copy only, whose last block MaskCLIP's reading has replaced.
         pools = ("avg",) if tower is None else ("avg", "token")
         if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool not in pools:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 IMAGE_TEXT_CONFIG = {
     "embed_dim": 64,
@@ -23,12 +25,12 @@ PREPROCESSING = {
 }
 
 
-@pytest.fixture(scope="session")
-def image_text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint folder of a random image-text model: test_vit4 (96 wide, 9 deep, one register token), 160 px."""
+def write_image_text(folder: Path, timm_name: str = "test_vit4", image_size: int = 160) -> Path:
+    """A random image-text model with one of timm's image towers, written as a checkpoint folder."""
     torch.manual_seed(0)
-    config = {key: value for key, value in IMAGE_TEXT_CONFIG.items() if key != "custom_text"}
-    model = open_clip.CustomTextCLIP(**config)
+    vision = {**IMAGE_TEXT_CONFIG["vision_cfg"], "timm_model_name": timm_name, "image_size": image_size}
+    config = {**IMAGE_TEXT_CONFIG, "vision_cfg": vision}
+    model = open_clip.CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"})
     with torch.no_grad():
         for name, parameter in model.visual.named_parameters():
             # timm starts positions and layer scales near 0, where attention and positions hardly matter to a test.
@@ -36,11 +38,30 @@ def image_text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.normal_(std=0.5)
             if name.endswith(".gamma"):
                 parameter.fill_(0.5)
-    folder = tmp_path_factory.mktemp("image_text")
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    content = {"model_cfg": IMAGE_TEXT_CONFIG, "preprocess_cfg": PREPROCESSING}
+    content = {"model_cfg": config, "preprocess_cfg": {**PREPROCESSING, "size": [image_size] * 2}}
     (folder / "open_clip_config.json").write_text(json.dumps(content))
     return folder
+
+
+@pytest.fixture(scope="session")
+def image_text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a random image-text model: test_vit4 (96 wide, 9 deep, one register token), 160 px."""
+    return write_image_text(tmp_path_factory.mktemp("image_text"))
+
+
+@pytest.fixture(scope="session")
+def patch14_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with patches of 14 px, as ViT-L/14 and ViT-H/14 have, and 140 px."""
+    name = "test_vit4_patch14"
+    if not timm.is_model(name):
+
+        def build(pretrained: bool = False, **options) -> nn.Module:
+            return timm.create_model("test_vit4", patch_size=14, img_size=140, **options)
+
+        build.__name__ = name
+        timm.models.register_model(build)
+    return write_image_text(tmp_path_factory.mktemp("patch14"), name, 140)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ data = dict(
             scale_range=(0.1, 2.0),
             colour_jitter=0.0,
             with_masks=True,  # False, with model.architecture.mask_on=False, where the annotations are boxes only
-            regions="",  # folder of regions to distil (ovd.data.regions); empty: made from each picture
+            regions="",  # to distil: folder of tools/prepare_data.py regions; empty: made from each picture
         ),
         batch_size="${train.batch_size}",
         workers=8,

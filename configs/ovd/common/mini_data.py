@@ -16,7 +16,7 @@ data = dict(
             image_size="${model.architecture.image_size}",
             scale_range=(0.6, 1.4),
             with_masks=True,
-            regions="",
+            regions="",  # to distil: folder of tools/prepare_data.py regions; empty: made from each picture
         ),
         batch_size=4,
         workers=1,

@@ -34,7 +34,7 @@ model = L(build_detector)(
         background_weight=0.9,
         classification="softmax",  # or "sigmoid", then also federated_loss="sampled" or "verified"
         distillation="off",  # or "shared" (ViLD), "ensemble" (ViLD-ensemble)
-        distillation_regions=32,
+        distillation_regions=32,  # drawn in a picture, of its proposals or of data.train.mapper.regions
         vlm_mode="crops",  # the frozen tower on each proposal's crop: best on the validation vendor
         vlm_crop_size=0,  # the size of the towers' last phase
         vlm_box_scale=1.1,

@@ -22,8 +22,8 @@ from ovd.engine.processes import run_in_processes
 
 def work(config, overrides, folder):
     loop = trainer._run_loop
-    def kept(cfg, model, output, resume):
-        loop(cfg, model, output, resume)
+    def kept(cfg, model, output, *rest):
+        loop(cfg, model, output, *rest)
         torch.save(model.state_dict(), f"{folder}/{comm.get_rank()}.pt")
     trainer._run_loop = kept
     cfg = load_config(config, overrides)

@@ -90,6 +90,29 @@ def test_the_graph_gives_what_every_kind_of_detector_gives(image_text, fields) -
             assert_same(graph(image, **vocabulary_tensors(detector)), detector, image)
 
 
+@pytest.mark.parametrize("mode", ["backbone", "frozen_copy"])
+def test_the_graph_gives_what_a_detector_of_14_px_patches_gives(patch14_folder, mode) -> None:
+    from pretrain.modeling.checkpoint import load_checkpoint
+
+    detector = make_detector(load_checkpoint(patch14_folder), vlm_mode=mode)
+    graph = TensorDetector(detector.model).eval()
+    for size in ((97, 160), (160, 33), (160, 160)):
+        image = torch.from_numpy(picture(*size)).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            assert_same(graph(image, **vocabulary_tensors(detector)), detector, image)
+
+
+def test_onnx_of_a_frozen_copy_of_14_px_patches_takes_any_picture_size(patch14_folder, tmp_path) -> None:
+    from pretrain.modeling.checkpoint import load_checkpoint
+
+    detector = make_detector(load_checkpoint(patch14_folder), vlm_mode="frozen_copy")
+    path = export_detector(detector, tmp_path / "copy.onnx")
+    session = onnxruntime.InferenceSession(str(path))
+    for size in SIZES:
+        image = torch.from_numpy(picture(*size)).permute(2, 0, 1)[None]
+        assert_same(run(session, image, vocabulary_tensors(detector)), detector, image)
+
+
 @pytest.fixture(scope="module")
 def exported(image_text_folder, tmp_path_factory):
     """A detector, the folder of its files, and an onnxruntime session of the one that takes any vocabulary."""

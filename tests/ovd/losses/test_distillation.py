@@ -84,10 +84,22 @@ def test_precomputed_regions_come_back_and_are_not_computed_twice(tmp_path: Path
         read_regions(tmp_path / "regions", 3, teacher="xyz")
 
 
+def test_a_folder_of_another_teacher_is_not_added_to(tmp_path: Path) -> None:
+    precompute_regions([{"image_id": 2}], embed, tmp_path, teacher="abc")
+    with pytest.raises(ValueError, match="2.npz was made by the image-text model 'abc'.*'xyz'; remove the folder"):
+        precompute_regions([{"image_id": 2}, {"image_id": 3}], embed, tmp_path, teacher="xyz")
+    assert [path.name for path in tmp_path.iterdir()] == ["2.npz"]
+
+
+def test_a_picture_without_an_embedding_gets_no_file(tmp_path: Path) -> None:
+    assert precompute_regions([{"image_id": 2}], lambda _: None, tmp_path) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "7.npz").write_bytes(b"PK\x03\x04 broken")
     for image_id in (5, 7):
-        with pytest.raises(ValueError, match=f"{image_id}.npz holds no regions.*precompute_regions"):
+        with pytest.raises(ValueError, match=f"{image_id}.npz holds no regions.*prepare_data.py regions"):
             read_regions(tmp_path, image_id)
 
 

@@ -6,6 +6,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from ovd.data.regions import place_regions, precompute_regions, read_regions
+from ovd.modeling import roi_heads
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import OpenVocabularyRCNN, build_detector
 from ovd.modeling.roi_heads import RegionScores
@@ -96,6 +97,50 @@ def test_distillation_draws_at_most_its_number_of_regions(image_text) -> None:
     model.roi_heads.distillation.teacher = lambda pixels, boxes: seen.extend(boxes) or teacher(pixels, boxes)
     losses_of(model, picture())
     assert [len(b) for b in seen] == [6]
+
+
+def given_regions(count: int) -> Instances:
+    """Boxes whose left side tells them apart, each with an embedding that points to its own dimension."""
+    left = torch.arange(float(count))
+    boxes = torch.stack([left, left, left + 60, left + 50], dim=1)
+    return Instances((160, 160), proposal_boxes=Boxes(boxes), teacher_embeddings=torch.eye(64)[:count])
+
+
+@pytest.mark.parametrize("kind", ["shared", "ensemble"])
+def test_given_regions_are_drawn_anew_in_each_step_and_keep_their_embeddings(image_text, kind, monkeypatch) -> None:
+    model, drawn = detector(image_text, distillation=kind, distillation_regions=4), []
+    pooler = model.roi_heads.box_pooler
+    monkeypatch.setattr(
+        pooler, "forward", lambda maps, boxes: drawn.append(boxes[0]) or type(pooler).forward(pooler, maps, boxes)
+    )
+    monkeypatch.setattr(roi_heads, "distillation_loss", lambda student, target: drawn.append(target) or student.sum())
+    inputs, chosen = picture() | {"regions": given_regions(50)}, []
+    for seed in (1, 1, 2):
+        drawn.clear()
+        losses_of(model, inputs, seed)
+        boxes, target = drawn[:2]  # the head pools for distillation first
+        assert len(boxes) == len(target) == 4
+        assert boxes.tensor[:, 0].tolist() == target.argmax(dim=1).tolist()
+        chosen.append(sorted(boxes.tensor[:, 0].tolist()))
+    assert chosen[0] == chosen[1] != chosen[2] and len(set(chosen[2])) == 4
+
+
+def test_fewer_given_regions_than_the_limit_are_all_distilled(image_text) -> None:
+    losses = []
+    for limit in (3, 1000):
+        model = detector(image_text, distillation="shared", distillation_regions=limit)
+        losses.append(losses_of(model, picture() | {"regions": given_regions(3)})["loss_distill"])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_regions_of_another_detectors_proposals_have_this_ones_embeddings(image_text) -> None:
+    model = detector(image_text, distillation="shared").eval()
+    torch.manual_seed(7)
+    other = build_detector(DetectorConfig(**{**SMALL, "distillation": "shared"}), image_text).eval()
+    boxes, embeddings = model.embed_proposals(picture(), proposer=other)
+    wanted, same_towers = other.embed_proposals(picture())
+    assert torch.equal(boxes, wanted) and not torch.equal(boxes, model.embed_proposals(picture())[0])
+    torch.testing.assert_close(embeddings, same_towers)
 
 
 def test_the_distilled_heads_loss_falls(image_text) -> None:

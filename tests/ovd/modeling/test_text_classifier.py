@@ -1,5 +1,8 @@
 """The text classifier."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,3 +110,76 @@ def test_sigmoid_starts_near_no_for_every_class_and_trains_all_its_parameters() 
 def test_unknown_classification_is_named() -> None:
     with pytest.raises(ValueError, match="classification is 'tanh'; choose one of softmax, sigmoid"):
         TextClassifier(8, 4, classification="tanh")
+
+
+def classifier_at(log_scale: float, **options) -> tuple[TextClassifier, torch.Tensor, torch.Tensor]:
+    """A classifier of 3 words in 4 dimensions, features of 6 regions, and the word each of them is least like."""
+    torch.manual_seed(0)
+    classifier, features = TextClassifier(8, 4, scale=100.0, **options), torch.randn(6, 8)
+    classifier.set_text_embeddings(torch.randn(3, 4))
+    with torch.no_grad():
+        wrong = classifier(features)[:, :3].argmin(dim=1)
+        classifier.log_scale.fill_(log_scale)
+    return classifier, features, wrong
+
+
+@pytest.mark.parametrize("above", [0.0, 1e-6, 0.3])
+def test_a_scale_at_or_above_its_limit_has_the_gradient_of_the_limit(above: float) -> None:
+    classifier, features, wrong = classifier_at(math.log(100) + above)
+    logits = classifier(features)
+    F.cross_entropy(logits, wrong).backward()
+    cosines = logits.detach().double().numpy() / 100
+    probabilities = np.exp(100 * cosines - (100 * cosines).max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    # d loss / d log s = s * (mean cosine under the softmax - cosine of the target)
+    expected = 100 * ((probabilities * cosines).sum(axis=1) - cosines[np.arange(6), wrong]).mean()
+    assert expected > 1 and classifier.log_scale.grad.item() == pytest.approx(expected, rel=1e-4)
+    assert np.abs(cosines).max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("classification", ["softmax", "sigmoid"])
+def test_a_scale_above_its_limit_comes_back_down_when_that_lowers_the_loss(classification: str) -> None:
+    classifier, features, wrong = classifier_at(math.log(100) + 0.3, classification=classification)
+    optimizer = torch.optim.SGD([classifier.log_scale], lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits = classifier(features)[:, :3]
+        if classification == "sigmoid":
+            F.binary_cross_entropy_with_logits(logits, F.one_hot(wrong, 3).float()).backward()
+        else:
+            F.cross_entropy(logits, wrong).backward()
+        optimizer.step()
+    assert classifier.log_scale.item() < math.log(100) - 1e-3
+
+
+def test_a_scale_that_one_step_lifts_above_its_limit_still_follows_the_next() -> None:
+    classifier, features, wrong = classifier_at(math.log(100))
+    optimizer = torch.optim.SGD([classifier.log_scale], lr=1e-3)
+    right, lifted = classifier(features).argmax(dim=1), []
+    for targets in (right, wrong):
+        optimizer.zero_grad()
+        # Cooler, so that even regions of the right word have a gradient that asks for a larger scale.
+        F.cross_entropy(classifier(features) / 100, targets).backward()
+        optimizer.step()
+        lifted.append(classifier.log_scale.item() - math.log(100))
+    assert lifted[0] > 1e-5 and lifted[1] < -1e-5
+
+
+def test_gradients_of_two_passes_may_be_taken_after_both() -> None:
+    classifier, features, wrong = classifier_at(math.log(100) + 0.3)
+    losses = [
+        F.cross_entropy(classifier(part), target)
+        for part, target in zip(features[:2, None], wrong[:2, None], strict=True)
+    ]
+    sum(losses).backward()
+    assert classifier.log_scale.grad.item() > 0
+
+
+def test_a_kept_scale_above_its_limit_detects_as_at_the_limit_and_is_not_changed_by_it() -> None:
+    classifier, features, _ = classifier_at(math.log(100) + 0.3)
+    classifier.eval()
+    above = classifier(features)
+    assert classifier.log_scale.item() == pytest.approx(math.log(100) + 0.3)
+    with torch.no_grad():
+        classifier.log_scale.fill_(math.log(100))
+    torch.testing.assert_close(above, classifier(features))
