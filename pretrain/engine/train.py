@@ -19,10 +19,11 @@ from pretrain.atomic import remove_leftovers
 from pretrain.config import ConfigError, PretrainConfig, to_yaml
 from pretrain.data.loader import build_loader
 from pretrain.data.pairs import load_pairs
-from pretrain.engine.checkpoint import load_state, save_state
+from pretrain.engine.checkpoint import save_state
 from pretrain.engine.device import Device
 from pretrain.engine.parallel import load_optimizer, plain, shard
 from pretrain.engine.processes import join_processes
+from pretrain.engine.resume import starting_state
 from pretrain.engine.run_folder import RunFolder, trim_metrics
 from pretrain.engine.step import TrainStep
 from pretrain.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
@@ -45,11 +46,9 @@ class Trainer:
     def __init__(self, config: PretrainConfig, resume: bool = False):
         self.config = config
         folder = Path(config.run.output)
-        state = load_state(folder) if resume else None
-        if not resume and (folder / "state.pt").exists():
-            raise ConfigError(f"{folder} already holds a run: add --resume to continue it, or set run.output elsewhere")
         self.device = Device(config.run.device, config.run.precision, config.run.parallel)
         self.processes = join_processes(config.run.parallel, self.device.kind == "cuda", self.device.spmd)
+        state = starting_state(folder, resume, self.processes, self.device)
         self.data = load_pairs(config.data, config.evaluation.splits)
         self.results: dict[str, dict[str, ZeroShotResult]] = {}
         self._first_phase, self._first_step, self._state = 0, 0, state

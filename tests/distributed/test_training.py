@@ -10,9 +10,9 @@ import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
-from pretrain.config import config_from_dict
+from pretrain.config import ConfigError, config_from_dict
 from pretrain.engine.train import Trainer
-from pretrain.modeling.checkpoint import WEIGHTS_FILE
+from pretrain.modeling.checkpoint import WEIGHTS_FILE, CheckpointError
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 150, 40), "blue": (30, 60, 220), "white": (250, 250, 250)}
 
@@ -33,7 +33,7 @@ def table(tmp_path_factory) -> Path:
     return root / "pairs.csv"
 
 
-def configuration(table: Path, output: Path, parallel: str = "auto", micro: int = 0) -> str:
+def configuration(table: Path, output: Path, parallel: str = "auto", micro: int = 0, optimiser: str = "sgd") -> str:
     phase = {"steps": 2, "image_size": 32, "context_length": 6, "batch_size": 8, "lr": 1e-3, "warmup_steps": 1}
     # plain SGD would hide gradients that are wrong by a factor less well than AdamW, which divides it out
     node = {
@@ -42,7 +42,7 @@ def configuration(table: Path, output: Path, parallel: str = "auto", micro: int 
             "text": {"width": 32, "heads": 2, "layers": 1, "context_length": 8}, "embed_dim": 32,
         },
         "data": {"table": str(table), "workers": 0, "preload": True},
-        "optim": {"name": "sgd", "weight_decay": 0.1, "grad_clip": 1.0},
+        "optim": {"name": optimiser, "weight_decay": 0.1, "grad_clip": 1.0},
         "phases": [
             {**phase, "name": "small", "micro_batch_size": micro},
             {**phase, "name": "large", "image_size": 48, "micro_batch_size": micro},
@@ -71,7 +71,7 @@ def train(config: str, stop_after: int = 0, resume: bool = False) -> list[str]:
         trainer.train()
     except KeyboardInterrupt:
         pass
-    return sorted(path.name for path in Path(trainer.config.run.output).iterdir())
+    return sorted(path.name for path in Path(trainer.config.run.output).glob("*"))
 
 
 def curve(output: Path) -> list[tuple[float, float]]:
@@ -116,3 +116,79 @@ def test_sharded_towers_train_what_one_process_would_and_resume_there(run_proces
     assert len(curve(stopped)) == 3
     train(configuration(table, stopped, "one"), resume=True)
     assert_same_run(stopped, alone)
+
+
+def stop_and_resume(config: str, stop_after: int) -> None:
+    train(config, stop_after)
+    dist.barrier()
+    train(config, resume=True)
+
+
+# Adafactor's moments are factored: they have other shapes than the parameters that are split.
+@pytest.mark.parametrize("optimiser", ["adafactorbv", "adamw"])
+def test_sharded_towers_resume_where_they_stopped_with_any_state_of_the_optimiser(
+    run_processes, table, tmp_path, optimiser
+):
+    reference, stopped = tmp_path / "alone", tmp_path / "stopped"
+    train(configuration(table, reference, optimiser=optimiser))
+    run_processes(stop_and_resume, configuration(table, stopped, "fsdp", optimiser=optimiser), 3)
+    assert_same_run(stopped, reference)
+
+
+def refusal(config: str) -> str:
+    try:
+        train(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_an_optimiser_that_cannot_update_split_towers_is_refused_by_name(run_processes, table, tmp_path):
+    found = run_processes(refusal, configuration(table, tmp_path / "run", "fsdp", optimiser="adafactor"))
+    assert found[0] == found[1] and "optim.name is adafactor" in found[0] and "use adafactorbv" in found[0]
+
+
+def at_home(homes: list[str]) -> None:
+    """Give each process a folder of its own, as on machines that share none."""
+    home = Path(homes[dist.get_rank()])
+    home.mkdir(exist_ok=True)
+    os.chdir(home)
+
+
+def stop_and_resume_at_home(config: str, homes: list[str]) -> list[str]:
+    """The run folder's files when the power failed after three steps; then the rest."""
+    at_home(homes)
+    files = train(config, stop_after=3)
+    dist.barrier()
+    train(config, resume=True)
+    return files
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_machines_that_share_no_folder_resume_from_the_state_of_the_first(
+    run_processes, table, alone, tmp_path, parallel
+):
+    config, homes = configuration(table, Path("run"), parallel), [str(tmp_path / name) for name in "ab"]
+    files = run_processes(stop_and_resume_at_home, config, homes)
+    assert "state.pt" in files[0] and files[1] == []
+    assert_same_run(tmp_path / "a" / "run", alone)
+
+
+def refusals_at_home(config: str, homes: list[str]) -> list[str]:
+    at_home(homes)
+    found = []
+    for resume in (True, False):
+        try:
+            train(config, resume=resume)
+        except (ConfigError, CheckpointError) as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_state_that_cannot_be_used_stops_every_process_with_the_same_sentence(run_processes, table, tmp_path):
+    config, homes = configuration(table, Path("run"), "ddp"), [str(tmp_path / name) for name in "ab"]
+    (tmp_path / "a" / "run").mkdir(parents=True)
+    (tmp_path / "a" / "run" / "state.pt").write_bytes(b"cut off")
+    damaged, kept = (results := run_processes(refusals_at_home, config, homes))[0]
+    assert "cannot be read; delete it to start again" in damaged and "already holds a run" in kept
+    assert results[0] == results[1]

@@ -228,6 +228,8 @@ def test_bfloat16_trains_to_nearly_the_same_losses(one_device):
 def everything_on_four_devices(table: str, folder: str) -> dict:
     import torch_xla
 
+    from pretrain.engine.device import Device
+    from pretrain.engine.resume import largest_of_rows
     from pretrain.engine.step import TrainStep
     from pretrain.objectives.info_nce import InfoNCE
 
@@ -252,6 +254,8 @@ def everything_on_four_devices(table: str, folder: str) -> dict:
     results["batch"], results["parameters"] = (sorted(shardings[name]) for name in ("batch", "parameters"))
     results["resumed"] = train(configuration(table, f"{folder}/one", **options), resume=True, stop_after=2)
     results["dropped"] = train(dropping(table, f"{folder}/dropped", **options), stop_after=4)
+    device = Device("xla", parallel="spmd")
+    results["largest"] = largest_of_rows(torch.tensor([[3, -3], [3, -3], [1, -1], [3, -3]]).int(), device).tolist()
     results["left to pytorch"] = operations_left_to_pytorch()
     return results
 
@@ -299,6 +303,11 @@ def test_a_state_of_four_devices_is_plain_and_continues_on_the_cpu(four_devices,
 def test_a_state_of_the_cpu_continues_on_four_devices(four_devices, cpu):
     resumed = four_devices["resumed"]
     assert len(resumed["steps"]) == 2 and resumed["losses"] == pytest.approx(cpu["losses"][:10], abs=1e-3)
+
+
+def test_rows_of_several_hosts_are_compared_in_one_program(four_devices):
+    """What a resumption compares: the extremes differ as soon as one row does."""
+    assert four_devices["largest"] == [3, -1]
 
 
 def test_what_is_drawn_works_on_four_devices(four_devices):
