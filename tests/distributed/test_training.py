@@ -118,21 +118,26 @@ def test_sharded_towers_train_what_one_process_would_and_resume_there(run_proces
     assert_same_run(stopped, alone)
 
 
-def stop_and_resume(config: str, stop_after: int) -> None:
-    train(config, stop_after)
+def straight_then_stopped(straight: str, stopped: str) -> None:
+    train(straight)
+    train(stopped, stop_after=3)
     dist.barrier()
-    train(config, resume=True)
+    train(stopped, resume=True)
 
 
 # Adafactor's moments are factored: they have other shapes than the parameters that are split.
 @pytest.mark.parametrize("optimiser", ["adafactorbv", "adamw"])
-def test_sharded_towers_resume_where_they_stopped_with_any_state_of_the_optimiser(
-    run_processes, table, tmp_path, optimiser
-):
-    reference, stopped = tmp_path / "alone", tmp_path / "stopped"
-    train(configuration(table, reference, optimiser=optimiser))
-    run_processes(stop_and_resume, configuration(table, stopped, "fsdp", optimiser=optimiser), 3)
-    assert_same_run(stopped, reference)
+def test_sharded_towers_resume_as_if_they_had_not_stopped(run_processes, table, tmp_path, optimiser):
+    folders = [tmp_path / name for name in ("alone", "straight", "stopped")]
+    train(configuration(table, folders[0], optimiser=optimiser))
+    run_processes(straight_then_stopped, *(configuration(table, f, "fsdp", optimiser=optimiser) for f in folders[1:]))
+    curves = [curve(folder) for folder in folders]
+    assert len(curves[0]) == 4 and curves[1] == curves[2]
+    for found, wanted in zip(curves[1], curves[0], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+    # Not against the one process: biases of keys have no gradient but rounding, which these optimisers blow up.
+    kept, resumed = (load_file(folder / "checkpoint" / WEIGHTS_FILE) for folder in folders[1:])
+    assert all(torch.equal(kept[name], resumed[name]) for name in kept)
 
 
 def refusal(config: str) -> str:
