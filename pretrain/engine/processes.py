@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 
 from pretrain.config import ConfigError
+from pretrain.engine.device import Device
+
+_LONGEST_TEXT = 1024  # bytes
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,25 @@ class Processes:
         outline = [_take_tensors(value, tensors) if self.is_main else None]
         dist.broadcast_object_list(outline, src=0, device=device)
         return _send_tensors(outline[0], tensors, device)
+
+    def texts(self, text: str, device: Device) -> list[str]:
+        """What every process says, by rank; at most 1,024 bytes each (on torch-xla the rest is cut off)."""
+        if self.kind == "one":
+            return [text]
+        if self.kind == "torch":
+            everyone: list[str] = [""] * self.world
+            dist.all_gather_object(everyone, text)
+            return everyone
+        # torch-xla adds numbers up: each process fills its own row of zeros.
+        own, content = torch.zeros(self.world, _LONGEST_TEXT, dtype=torch.int32), text.encode()[:_LONGEST_TEXT]
+        own[self.rank, : len(content)] = torch.tensor(list(content), dtype=torch.int32)
+        if self.kind == "xla":
+            import torch_xla.core.xla_model as xm
+
+            table = xm.all_reduce(xm.REDUCE_SUM, own.to(device.torch_device)).cpu()
+        else:
+            table = device.move({"texts": torch.stack([own, *[own * 0] * (device.devices - 1)])})["texts"].sum(0).cpu()
+        return [bytes(row[row > 0].tolist()).decode(errors="ignore") for row in table]
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Average gradients that no wrapper has averaged; a parameter without one is without one everywhere."""

@@ -72,7 +72,8 @@ def load_teacher(folder: str, model: CustomTextCLIP, config: ModelConfig) -> Fro
     """
     if not folder:
         raise ConfigError("objective.options.teacher is empty: give a checkpoint folder (runs/…/checkpoint)")
-    source = load_checkpoint(folder)
+    with torch.device("cpu"):  # also where a student without memory (on the meta device) is only to be checked
+        source = load_checkpoint(folder)
     if source.embed_dim != config.embed_dim:
         raise ConfigError(
             f"model.embed_dim is {config.embed_dim}, but the teacher {folder} has a joint space of {source.embed_dim} "

@@ -49,6 +49,9 @@ class Objective(nn.Module, ABC):
     model: CustomTextCLIP
     # Why a batch cannot be encoded in pieces, to follow "because "; empty: it can.
     whole_batch: ClassVar[str] = ""
+    # Prefixes of state that the next phase does not take over where it has the same objective with other options: the
+    # towers are there already, and what options alone decide must follow them.
+    not_carried: ClassVar[tuple[str, ...]] = ("model.",)
 
     def views(self, data: DataConfig, phase: PhaseConfig, backgrounds: Sequence[Image.Image]) -> Views:
         """What the loader makes of every pair."""

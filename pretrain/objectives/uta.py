@@ -43,6 +43,8 @@ class TeacherAlignment(Objective):
     `model` is the student's image tower with the teacher's text tower.
     """
 
+    not_carried = ("model.", "teacher.")  # another phase may have another teacher
+
     def __init__(self, model: CustomTextCLIP, config: ModelConfig, teacher: str):
         super().__init__()
         self.teacher = load_teacher(teacher, model, config)

@@ -130,7 +130,8 @@ def straight_then_stopped(straight: str, stopped: str) -> None:
 def test_sharded_towers_resume_as_if_they_had_not_stopped(run_processes, table, tmp_path, optimiser):
     folders = [tmp_path / name for name in ("alone", "straight", "stopped")]
     train(configuration(table, folders[0], optimiser=optimiser))
-    run_processes(straight_then_stopped, *(configuration(table, f, "fsdp", optimiser=optimiser) for f in folders[1:]))
+    sharded = (configuration(table, folder, "fsdp", optimiser=optimiser) for folder in folders[1:])
+    run_processes(straight_then_stopped, *sharded, seconds=300)
     curves = [curve(folder) for folder in folders]
     assert len(curves[0]) == 4 and curves[1] == curves[2]
     for found, wanted in zip(curves[1], curves[0], strict=True):

@@ -229,7 +229,7 @@ def everything_on_four_devices(table: str, folder: str) -> dict:
     import torch_xla
 
     from pretrain.engine.device import Device
-    from pretrain.engine.resume import largest_of_rows
+    from pretrain.engine.processes import Processes
     from pretrain.engine.step import TrainStep
     from pretrain.objectives.info_nce import InfoNCE
 
@@ -254,8 +254,8 @@ def everything_on_four_devices(table: str, folder: str) -> dict:
     results["batch"], results["parameters"] = (sorted(shardings[name]) for name in ("batch", "parameters"))
     results["resumed"] = train(configuration(table, f"{folder}/one", **options), resume=True, stop_after=2)
     results["dropped"] = train(dropping(table, f"{folder}/dropped", **options), stop_after=4)
-    device = Device("xla", parallel="spmd")
-    results["largest"] = largest_of_rows(torch.tensor([[3, -3], [3, -3], [1, -1], [3, -3]]).int(), device).tolist()
+    second_of_two = Processes(1, 2, kind="spmd")
+    results["texts"] = second_of_two.texts("host b: 7", Device("xla", parallel="spmd"))
     results["left to pytorch"] = operations_left_to_pytorch()
     return results
 
@@ -305,9 +305,9 @@ def test_a_state_of_the_cpu_continues_on_four_devices(four_devices, cpu):
     assert len(resumed["steps"]) == 2 and resumed["losses"] == pytest.approx(cpu["losses"][:10], abs=1e-3)
 
 
-def test_rows_of_several_hosts_are_compared_in_one_program(four_devices):
-    """What a resumption compares: the extremes differ as soon as one row does."""
-    assert four_devices["largest"] == [3, -1]
+def test_a_host_of_one_program_says_something_in_its_own_place(four_devices):
+    """The other host, which is not there, says nothing."""
+    assert four_devices["texts"] == ["", "host b: 7"]
 
 
 def test_what_is_drawn_works_on_four_devices(four_devices):
