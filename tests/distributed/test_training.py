@@ -118,11 +118,15 @@ def test_sharded_towers_train_what_one_process_would_and_resume_there(run_proces
     assert_same_run(stopped, alone)
 
 
+def stop_and_resume(config: str, stop_after: int) -> None:
+    train(config, stop_after)
+    dist.barrier()
+    train(config, resume=True)
+
+
 def straight_then_stopped(straight: str, stopped: str) -> None:
     train(straight)
-    train(stopped, stop_after=3)
-    dist.barrier()
-    train(stopped, resume=True)
+    stop_and_resume(stopped, 3)
 
 
 # Adafactor's moments are factored: they have other shapes than the parameters that are split.
@@ -198,3 +202,19 @@ def test_a_state_that_cannot_be_used_stops_every_process_with_the_same_sentence(
     damaged, kept = (results := run_processes(refusals_at_home, config, homes))[0]
     assert "cannot be read; delete it to start again" in damaged and "already holds a run" in kept
     assert results[0] == results[1]
+
+
+def test_left_out_samples_of_every_process_are_in_the_summary_also_after_a_stop(run_processes, tmp_path):
+    """Every batch has all eight rows, a broken one among them, which the process that reads it replaces."""
+    from PIL import Image
+
+    lines = ["image,caption,split"]
+    for index, (name, colour) in enumerate([*COLOURS.items()] * 2):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}{index}.png")
+        lines.append(f"{name}{index}.png,{name} {index},train")
+    (tmp_path / "red0.png").write_bytes(b"no picture")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    node = yaml.safe_load(configuration(tmp_path / "pairs.csv", tmp_path / "run", "ddp"))
+    node["data"]["preload"], node["evaluation"] = False, {"splits": []}
+    run_processes(stop_and_resume, yaml.safe_dump(node), 3)
+    assert "- 4 reads of broken images, replaced by the next row\n" in (tmp_path / "run" / "summary.md").read_text()
