@@ -80,10 +80,10 @@ class Trainer:
         """The towers that are trained and evaluated."""
         return self.objective.model
 
-    def _build_objective(self, index: int, model: CustomTextCLIP) -> Objective:
+    def _build_objective(self, index: int, model: CustomTextCLIP, recipe: dict | None = None) -> Objective:
         """The objective of a phase; its own weights depend on the run's seed and the phase, not on what came before."""
         torch.manual_seed(self.config.run.seed * 1000 + index)
-        return build_objective(self.config, model, self.config.phases[index])
+        return build_objective(self.config, model, self.config.phases[index], recipe)
 
     def _first_objective(self) -> Objective:
         """The objective to start with: of the first phase, of the state's, or of the one after that if it is done."""
@@ -93,8 +93,7 @@ class Trainer:
             return self._build_objective(index, initial_model(config.model))
         model, phase = build_model(config.model), config.phases[index]
         if self._first_step < phase.steps or index + 1 == len(config.phases) or not self._changes(index + 1):
-            return self._build_objective(index, model)
-        # The done phase's objective is not made again: what it was made from (a teacher's folder) may be gone.
+            return self._build_objective(index, model, state["recipe"])
         set_image_size(model, phase.image_size)
         set_context_length(model, phase.context_length)
         prefix, before = "model.", state["objective"]
@@ -193,7 +192,7 @@ class Trainer:
     def _whole_objective(self, index: int) -> Objective:
         """An unsharded copy of the objective in phase `index`; every process must call it."""
         state = plain(self.objective.state_dict())
-        copy = self._build_objective(index, build_model(self.config.model))
+        copy = self._build_objective(index, build_model(self.config.model), self.objective.recipe())
         copy.enter_phase(self.config.phases[index])
         copy.load_state_dict(state)
         return copy
@@ -287,6 +286,7 @@ class Trainer:
         state, name = None, ""
         if self.processes.is_main or self.processes.one_program or self.config.run.parallel == "fsdp":
             state = {"objective": plain(self.objective.state_dict()), "optimizer": plain(optimizer.state_dict())}
+            state["recipe"] = self.objective.recipe()
             masks = {f"objective.{name}" for name, _ in self.objective.named_buffers()}
             name = first_not_finite(
                 {"objective": state["objective"], "optimizer": state["optimizer"]["state"]}, "", masks

@@ -57,6 +57,11 @@ class Objective(nn.Module, ABC):
         """What the loader makes of every pair."""
         return plain_views(data, phase, backgrounds)
 
+    def recipe(self) -> dict[str, Any]:
+        """Plain values that, with the state dictionary, make this objective again where a file that its options name is
+        gone; the constructor gets them as `recipe`. Empty: options are enough."""
+        return {}
+
     @classmethod
     def passes(cls, options: Any) -> Passes:
         """What a step costs with these options; one pass through each tower unless a subclass says otherwise."""

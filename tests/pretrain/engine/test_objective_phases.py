@@ -124,7 +124,7 @@ CANNOT = {
     "an unknown objective": ({"objective": {"name": "scald"}}, "objective.name is 'scald'"),
     "an unknown optimiser": ({"optim": {"name": "lambb"}}, "optim: lambb cannot be used"),
     "an option of another optimiser": (
-        {"optim": {"name": "lamb", "options": {"fallback_lr_scale": 0.1}}}, "optim: lamb cannot be used .*fallback_lr_scale"
+        {"optim": {"name": "lamb", "options": {"fallback_lr_scale": 0.1}}}, "lamb cannot be used .*fallback_lr_scale"
     ),
     "tokens that the objective does not drop": (
         {"objective": ROCKET, "token_dropping": "random", "keep_tokens": 2}, "clip_rocket does not drop tokens"
