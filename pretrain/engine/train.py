@@ -227,11 +227,13 @@ class Trainer:
                 # Before an evaluation, which weights that are not finite would only confuse.
                 state = self._state_to_save(index, done, live.optimizer) if saving else None
                 every = self.config.evaluation.every
-                if done == phase.steps or (every and done % every == 0):
+                evaluating = done == phase.steps or (every and done % every == 0)
+                if evaluating:
                     self._evaluate(index, done)
-                    started = time.perf_counter()
                 if state:
                     self._save(state)
+                if evaluating or saving:
+                    started = time.perf_counter()
         self._leave(index)
 
     def _step(self, live: TrainStep, batch: dict, step: int) -> dict[str, torch.Tensor]:
@@ -287,16 +289,14 @@ class Trainer:
         if self.processes.is_main or self.processes.one_program or self.config.run.parallel == "fsdp":
             state = {"objective": plain(self.objective.state_dict()), "optimizer": plain(optimizer.state_dict())}
             state["recipe"] = self.objective.recipe()
-            masks = {f"objective.{name}" for name, _ in self.objective.named_buffers()}
-            name = first_not_finite(
-                {"objective": state["objective"], "optimizer": state["optimizer"]["state"]}, "", masks
-            )
+            numbers = {"objective": state["objective"], "optimizer": state["optimizer"]["state"]}
+            name = first_not_finite(numbers, masks={f"objective.{n}" for n, _ in self.objective.named_buffers()})
         reports = self.processes.texts(report_to_all(name, self.data.left_out()), self.device)
         name, left_out = gather_reports(reports)
         if name:
             raise FloatingPointError(
-                f"{name} is not finite after step {step} of phase {self.config.phases[index].name}, whose loss was: "
-                f"{self._remedy()}"
+                f"after step {step} of phase {self.config.phases[index].name}, {name} is not finite, though the loss "
+                f"was: {self._remedy()}"
             )
         self._left_out = self._left_out_before + left_out
         return {**state, "phase": index, "step": step} if self.processes.is_main else None

@@ -37,7 +37,8 @@ class Objective(nn.Module, ABC):
     """Contract of every objective.
 
     `model` is the pair of towers that is evaluated and saved; whatever else is trained or carried along (projectors, a
-    moving average, a frozen teacher, counters) is in the state dictionary too, so that resumption is exact.
+    moving average, a frozen teacher, counters) is in the state dictionary too, so that resumption is exact. Before the
+    first phase an objective of each is made on the meta device, and enters its phase there, to find errors early.
 
     A batch is {"image": (B, 3, S, S) uint8 RGB, "tokens": (B, L) int64}, or what `views` says, this process's part of
     the global batch.

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pretrain.config import ConfigError, config_from_dict
+from pretrain.engine.processes import join_processes
 from pretrain.engine.train import Trainer
 from pretrain.modeling.checkpoint import WEIGHTS_FILE, CheckpointError
 
@@ -156,6 +157,24 @@ def refusal(config: str) -> str:
 def test_an_optimiser_that_cannot_update_split_towers_is_refused_by_name(run_processes, table, tmp_path):
     found = run_processes(refusal, configuration(table, tmp_path / "run", "fsdp", optimiser="adafactor"))
     assert found[0] == found[1] and "optim.name is adafactor" in found[0] and "use adafactorbv" in found[0]
+
+
+def sent() -> list:
+    """What arrives of rank 0's nest."""
+    nest = {
+        "half": torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16).T, "flags": torch.tensor([True, False]),
+        "one": torch.tensor(7), "none": torch.empty(0, 3), "text": ["a", (1, None)],
+    }  # fmt: skip
+    os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
+    arrived = join_processes("ddp", False).from_main(nest if dist.get_rank() == 0 else None)
+    assert all(arrived[name].dtype == nest[name].dtype for name in ("half", "flags", "one", "none"))
+    return [arrived["half"].tolist(), arrived["flags"].tolist(), arrived["one"].item(), arrived["none"].shape[1],
+            str(arrived["text"])]  # fmt: skip
+
+
+def test_tensors_of_every_type_and_shape_arrive_at_the_other_process(run_processes):
+    expected = [[[1.5], [-2.0]], [True, False], 7, 3, "['a', (1, None)]"]
+    assert run_processes(sent) == [expected, expected]
 
 
 def at_home(homes: list[str]) -> None:

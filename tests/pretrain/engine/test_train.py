@@ -285,7 +285,7 @@ def spoil_a_gradient(monkeypatch, number: int) -> None:
 def test_an_update_that_is_not_finite_does_not_replace_the_last_good_state(run_config, monkeypatch, optimiser):
     config = run_config([{"name": "hot", "steps": 3}], run={"checkpoint_every": 1}, optim={"name": optimiser})
     spoil_a_gradient(monkeypatch, 2)
-    with pytest.raises(FloatingPointError, match="bias is not finite after step 2 of phase hot, .*optim.grad_clip"):
+    with pytest.raises(FloatingPointError, match="after step 2 of phase hot, .*bias is not finite.*optim.grad_clip"):
         Trainer(config).train()
     state = torch.load(Path(config.run.output) / "state.pt", weights_only=True)
     assert state["step"] == 1 and all(v.isfinite().all() for n, v in state["objective"].items() if "mask" not in n)
