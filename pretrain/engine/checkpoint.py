@@ -1,6 +1,9 @@
 """Resumable training states: one file, complete or absent, loaded without unpickling code."""
 
+import math
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +31,22 @@ def save_state(folder: Path, state: dict) -> None:
                 f"{folder / STATE_FILE} cannot be written ({reason}): make space, then continue with --resume from the "
                 "last state, which is whole"
             ) from error
+
+
+def first_not_finite(values: Any, name: str = "", masks: Collection[str] = ()) -> str:
+    """The name of the first tensor with a number that is not finite, in a nest of dictionaries and lists; "" for none.
+
+    Args:
+        masks: names of tensors that may hold minus infinity.
+    """
+    if isinstance(values, torch.Tensor):
+        sound = values.isfinite()
+        if name in masks:
+            sound |= values == -math.inf
+        return "" if sound.all() else name
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    found = (first_not_finite(item, f"{name}.{key}" if name else str(key), masks) for key, item in items)
+    return next(filter(None, found), "")
 
 
 def load_state(folder: Path) -> dict | None:

@@ -117,8 +117,8 @@ def phase_memory(
     Args:
         phase: its batch is shared by the devices; a micro batch is what one device encodes at a time.
         towers: from `describe_towers`.
-        config: for the optimiser, the precision, the rows of similarities held at once (the objective's `chunk_size`)
-            and whether FSDP spreads parameters, gradients and optimiser state over the devices.
+        config: for the optimiser, the precision, the rows of similarities held at once (`chunk_size` of the phase's
+            objective) and whether FSDP spreads parameters, gradients and optimiser state over the devices.
         devices: how many share each batch.
         optimizer_state: from `optimizer_bytes`, where already known.
 
@@ -128,7 +128,7 @@ def phase_memory(
     bf16 = uses_bf16(config)
     local = local_batch(phase, devices)
     piece = min(phase.micro_batch_size or local, local)
-    rows = min(config.objective.options.get("chunk_size", 0) or local, local)
+    rows = min(config.objective_of(phase).options.get("chunk_size", 0) or local, local)
     passes, patches = passes_of(config, phase), towers.image.patches(phase.image_size)
     tokens = phase_cost(phase, towers, devices, passes).image_tokens
     saved = passes.images * activation_bytes(towers.image, tokens, patches, bf16)

@@ -12,6 +12,8 @@ from pretrain.engine.device import Device
 
 _FUSED = ("adam", "adamw", "sgd")  # torch's own, which have a one-kernel form
 _CORRECTED = ("adam", "adamw")
+# timm's that use operations torch does not have for split tensors (tried with torch 2.9 and timm 1.0.31).
+_WHOLE_ONLY = ("adafactor", "cadafactor", "adamp", "cadamp", "sgdp", "csgdp", "kron", "kronc", "kronw")
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig, device: Device) -> torch.optim.Optimizer:
@@ -21,12 +23,14 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, device: Device) -> to
 
     Raises:
         ConfigError: for a layer decay outside 0–1, and if the optimiser does not exist, or does not take an option
-            (another one's may have stayed).
+            (another one's may have stayed) or cannot work with split parameters.
     """
     if not 0 < optim.layer_decay <= 1:
         raise ConfigError(
             f"optim.layer_decay is {optim.layer_decay}: above 0, at most 1 (the same rate for all blocks)"
         )
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        check_splittable(optim)
     options = dict(optim.options)
     if optim.betas:
         options["betas"] = tuple(optim.betas)
@@ -49,6 +53,15 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, device: Device) -> to
         reason = " ".join(str(error).split())[:200]
         remedy = "optim.options={} clears what another optimiser took" if optim.options else "see timm.optim"
         raise ConfigError(f"optim: {optim.name} cannot be used ({reason}): {remedy}") from error
+
+
+def check_splittable(optim: OptimConfig) -> None:
+    """Raise ConfigError for an optimiser that would fail at its first step under `run.parallel=fsdp`."""
+    if optim.name in _WHOLE_ONLY:
+        raise ConfigError(
+            f"optim.name is {optim.name}, which cannot update parameters that run.parallel=fsdp splits: use "
+            "adafactorbv, lamb or adamw"
+        )
 
 
 def _layer_groups(optim: OptimConfig, fallback_list: Sequence[str]) -> Callable[[nn.Module], list[dict]]:

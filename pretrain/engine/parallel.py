@@ -11,7 +11,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from pretrain.objectives import Objective
 
@@ -51,17 +51,26 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     split = {}
     for index, values in state["state"].items():
         parameter = parameters[index]
-        split[index] = {
-            name: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-            if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape
-            else value
-            for name, value in values.items()
-        }
+        split[index] = {name: _cut_as(parameter, value) for name, value in values.items()}
     groups = [
         {**saved, **{name: here[name] for name in _PER_DEVICE if name in here}}
         for saved, here in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": split, "param_groups": groups})
+
+
+def _cut_as(parameter: torch.Tensor, value: Any) -> Any:
+    """A value of the optimiser's state as the optimiser itself would have it beside this parameter.
+
+    What has the parameter's shape is split like it. What has another (Adafactor's factored moments, R x 1 and 1 x C) is
+    whole on every process, as torch makes it from a split gradient, but must be of the type that computes with split
+    tensors. Numbers (step counts) stay as they are.
+    """
+    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor) or value.ndim == 0:
+        return value
+    whole = [Replicate()] * parameter.device_mesh.ndim
+    placements = parameter.placements if value.shape == parameter.shape else whole
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, placements)
 
 
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

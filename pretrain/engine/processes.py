@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 
 from pretrain.config import ConfigError
+from pretrain.engine.device import Device
+
+_LONGEST_TEXT = 1024  # bytes
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,42 @@ class Processes:
             stacked = xm.all_reduce(xm.REDUCE_SUM, stacked, scale=1 / self.world)
         return dict(zip(values, stacked.tolist(), strict=True))
 
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value on every process of torch.distributed; theirs is ignored.
+
+        Tensors go one by one: a state of many gigabytes needs, beside itself, only its largest tensor on the device.
+
+        Args:
+            value: a nest of dictionaries and lists of CPU tensors and of what can be pickled.
+        """
+        if self.kind != "torch" or self.world == 1:
+            return value
+        # NCCL only sends what is on a GPU.
+        device = torch.device("cuda", self.local_rank) if dist.get_backend() == "nccl" else torch.device("cpu")
+        tensors: list[torch.Tensor] = []
+        outline = [_take_tensors(value, tensors) if self.is_main else None]
+        dist.broadcast_object_list(outline, src=0, device=device)
+        return _send_tensors(outline[0], tensors, device)
+
+    def texts(self, text: str, device: Device) -> list[str]:
+        """What every process says, by rank; at most 1,024 bytes each (on torch-xla the rest is cut off)."""
+        if self.kind == "one":
+            return [text]
+        if self.kind == "torch":
+            everyone: list[str] = [""] * self.world
+            dist.all_gather_object(everyone, text)
+            return everyone
+        # torch-xla adds numbers up: each process fills its own row of zeros.
+        own, content = torch.zeros(self.world, _LONGEST_TEXT, dtype=torch.int32), text.encode()[:_LONGEST_TEXT]
+        own[self.rank, : len(content)] = torch.tensor(list(content), dtype=torch.int32)
+        if self.kind == "xla":
+            import torch_xla.core.xla_model as xm
+
+            table = xm.all_reduce(xm.REDUCE_SUM, own.to(device.torch_device)).cpu()
+        else:
+            table = device.move({"texts": torch.stack([own, *[own * 0] * (device.devices - 1)])})["texts"].sum(0).cpu()
+        return [bytes(row[row > 0].tolist()).decode(errors="ignore") for row in table]
+
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Average gradients that no wrapper has averaged; a parameter without one is without one everywhere."""
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -96,6 +135,44 @@ class Processes:
             import torch_xla.core.xla_model as xm
 
             xm.all_reduce(xm.REDUCE_SUM, gradients, scale=1 / self.world)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor stood in a nest that is sent without its tensors."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _take_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """The nest with places for its tensors, which are appended to `tensors`."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return _Place(len(tensors) - 1, tuple(value.shape), value.dtype)
+    if isinstance(value, dict):
+        return {key: _take_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_take_tensors(item, tensors) for item in value)
+    return value
+
+
+def _send_tensors(outline: Any, tensors: list[torch.Tensor], device: torch.device) -> Any:
+    """Rank 0 sends its tensors in the order of the outline, which all have; the others put theirs in its places."""
+    if isinstance(outline, _Place):
+        own = tensors[outline.number] if tensors else torch.empty(outline.shape, dtype=outline.dtype)
+        if own.numel():
+            # Bytes, because not every backend sends every type.
+            content = own.contiguous().reshape(-1).view(torch.uint8).to(device)
+            dist.broadcast(content, src=0)
+            own = own if tensors else content.cpu().view(outline.dtype).reshape(outline.shape)
+        return own
+    if isinstance(outline, dict):
+        return {key: _send_tensors(item, tensors, device) for key, item in outline.items()}
+    if isinstance(outline, (list, tuple)):
+        return type(outline)(_send_tensors(item, tensors, device) for item in outline)
+    return outline
 
 
 def start_processes(function: Callable, *arguments: Any) -> None:

@@ -21,6 +21,29 @@ from pretrain.engine.schedule import lr_at
 from pretrain.objectives import Objective
 
 
+def check_batch(objective: Objective, phase: PhaseConfig, device: Device, processes: Processes) -> int:
+    """How many pairs a process encodes at once; 0: its whole part of the batch.
+
+    Raises:
+        ConfigError: if the batch cannot be cut into equal parts, or not at all.
+    """
+    local = processes.share(phase.batch_size, "batch_size")
+    if local % device.devices:
+        raise ConfigError(f"batch_size {local} of a process cannot be spread equally over {device.devices} devices")
+    micro = phase.micro_batch_size if 0 < phase.micro_batch_size < local else 0
+    if micro and (local % micro or micro % device.devices):
+        raise ConfigError(
+            f"micro_batch_size {micro} does not cut the {local} pairs of a process into equal parts (for "
+            f"{device.devices} devices): use a divisor"
+        )
+    if micro and objective.whole_batch:
+        raise ConfigError(
+            f"micro_batch_size {micro}: a batch of {type(objective).__name__} cannot be encoded in pieces, because "
+            f"{objective.whole_batch}; set it to 0"
+        )
+    return micro
+
+
 class TrainStep:
     """Callable that trains `objective` on one batch.
 
@@ -44,20 +67,7 @@ class TrainStep:
         self.objective, self.phase, self.device = objective, phase, device
         self.processes = processes or Processes()
         self._seed, self._clip = seed, optim.grad_clip
-        local = self.processes.share(phase.batch_size, "batch_size")
-        if local % device.devices:
-            raise ConfigError(f"batch_size {local} of a process cannot be spread equally over {device.devices} devices")
-        self._micro = phase.micro_batch_size if 0 < phase.micro_batch_size < local else 0
-        if self._micro and (local % self._micro or self._micro % device.devices):
-            raise ConfigError(
-                f"micro_batch_size {self._micro} does not cut the {local} pairs of a process into equal parts (for "
-                f"{device.devices} devices): use a divisor"
-            )
-        if self._micro and objective.whole_batch:
-            raise ConfigError(
-                f"micro_batch_size {self._micro}: a batch of {type(objective).__name__} cannot be encoded in pieces, "
-                f"because {objective.whole_batch}; set it to 0"
-            )
+        self._micro = check_batch(objective, phase, device, self.processes)
         sharded, whole = split_parameters(objective)
         # DDP averages gradients while the backward pass runs; those of pieces are averaged once, after the last one.
         wrap = self.processes.kind == "torch" and not sharded and not self._micro

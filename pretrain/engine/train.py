@@ -6,7 +6,8 @@ Where training starts: (1) the run folder's own state, with --resume; (2) scratc
 import math
 import sys
 import time
-from dataclasses import asdict, replace
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,15 +20,18 @@ from pretrain.atomic import remove_leftovers
 from pretrain.config import ConfigError, PretrainConfig, to_yaml
 from pretrain.data.loader import build_loader
 from pretrain.data.pairs import load_pairs
-from pretrain.engine.checkpoint import load_state, save_state
+from pretrain.engine.checkpoint import first_not_finite, save_state
 from pretrain.engine.device import Device
 from pretrain.engine.parallel import load_optimizer, plain, shard
+from pretrain.engine.phases import carry_over, rehearse_phase
 from pretrain.engine.processes import join_processes
+from pretrain.engine.resume import check_state, identity, starting_state
 from pretrain.engine.run_folder import RunFolder, trim_metrics
 from pretrain.engine.step import TrainStep
+from pretrain.engine.summary import gather_reports, report_to_all, summary
 from pretrain.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
 from pretrain.modeling.checkpoint import initial_model, save_checkpoint
-from pretrain.modeling.clip import build_model
+from pretrain.modeling.clip import build_model, set_context_length, set_image_size
 from pretrain.objectives import Objective, build_objective
 
 
@@ -45,27 +49,22 @@ class Trainer:
     def __init__(self, config: PretrainConfig, resume: bool = False):
         self.config = config
         folder = Path(config.run.output)
-        state = load_state(folder) if resume else None
-        if not resume and (folder / "state.pt").exists():
-            raise ConfigError(f"{folder} already holds a run: add --resume to continue it, or set run.output elsewhere")
         self.device = Device(config.run.device, config.run.precision, config.run.parallel)
         self.processes = join_processes(config.run.parallel, self.device.kind == "cuda", self.device.spmd)
+        state = starting_state(folder, resume, self.processes, self.device)
         self.data = load_pairs(config.data, config.evaluation.splits)
         self.results: dict[str, dict[str, ZeroShotResult]] = {}
         self._first_phase, self._first_step, self._state = 0, 0, state
+        changed = []
         if state:
-            if state["config"] != self._identity():
-                raise ConfigError(f"{folder} was started with another configuration: restore {folder}/config.yaml")
-            if state["data"] != self.data.fingerprints:
-                raise ConfigError(f"{folder} was started with other data: see {folder}/about.json for what it was")
+            changed = check_state(state, config, self.data.fingerprints, folder)
             self._first_phase, self._first_step = state["phase"], state["step"]
-            for phase, by_split in state.get("results", {}).items():
+            for phase, by_split in state["results"].items():
                 self.results[phase] = {split: ZeroShotResult(**values) for split, values in by_split.items()}
         self._seconds = state["seconds"] if state else 0.0
-        torch.manual_seed(config.run.seed)
-        model = build_model(config.model) if state else initial_model(config.model)
-        self._minimised = config.objective_of(config.phases[self._first_phase])
-        self.objective: Objective = self._build_objective(self._first_phase, model)
+        # Of samples, by kind: by the attempts until this one, and with this one's until the last state.
+        self._left_out_before = self._left_out = Counter(state["left_out"] if state else {})
+        self.objective: Objective = self._first_objective()
         self._check_phases()
         self.folder: RunFolder | None = None
         if self.processes.is_main:
@@ -73,7 +72,7 @@ class Trainer:
             # Also without a state: a run that ended before its first one is written again from the start.
             trim_metrics(folder / "metrics.jsonl", self._global_step(self._first_phase, self._first_step))
             self.folder = RunFolder(folder, to_yaml(config), self.data.fingerprints)
-            for note in self.data.notes:
+            for note in [*self.data.notes, *(["changed since: " + "; ".join(changed)] if changed else [])]:
                 print(note)
 
     @property
@@ -81,15 +80,46 @@ class Trainer:
         """The towers that are trained and evaluated."""
         return self.objective.model
 
-    def _build_objective(self, index: int, model: CustomTextCLIP) -> Objective:
+    def _build_objective(self, index: int, model: CustomTextCLIP, recipe: dict | None = None) -> Objective:
         """The objective of a phase; its own weights depend on the run's seed and the phase, not on what came before."""
         torch.manual_seed(self.config.run.seed * 1000 + index)
-        return build_objective(self.config, model, self.config.phases[index])
+        return build_objective(self.config, model, self.config.phases[index], recipe)
+
+    def _first_objective(self) -> Objective:
+        """The objective to start with: of the first phase, of the state's, or of the one after that if it is done."""
+        config, state, index = self.config, self._state, self._first_phase
+        torch.manual_seed(config.run.seed)
+        if state is None:
+            return self._build_objective(index, initial_model(config.model))
+        model, phase = build_model(config.model), config.phases[index]
+        if self._first_step < phase.steps or index + 1 == len(config.phases) or not self._changes(index + 1):
+            return self._build_objective(index, model, state["recipe"])
+        set_image_size(model, phase.image_size)
+        set_context_length(model, phase.context_length)
+        prefix, before = "model.", state["objective"]
+        model.load_state_dict({n.removeprefix(prefix): v for n, v in before.items() if n.startswith(prefix)})
+        self._first_phase, self._first_step, self._state = index + 1, 0, None
+        return self._next_objective(index + 1, model, before)
+
+    def _changes(self, index: int) -> bool:
+        """Whether a phase minimises something else than the one before."""
+        own, before = (self.config.objective_of(self.config.phases[i]) for i in (index, index - 1))
+        return own != before
+
+    def _next_objective(self, index: int, model: CustomTextCLIP, before: dict[str, torch.Tensor]) -> Objective:
+        """The objective of a phase that changes it; where only options change, it goes on from the state `before`."""
+        objective, phase = self._build_objective(index, model), self.config.phases[index]
+        name = self.config.objective_of(phase).name
+        if name == self.config.objective_of(self.config.phases[index - 1]).name:
+            afresh = carry_over(before, objective)
+            if afresh and self.processes.is_main:
+                print(f"phase {phase.name}: {name} has other options; these start afresh: {', '.join(afresh)}")
+        return objective
 
     def _check_phases(self) -> None:
-        """Refuse now what would otherwise stop the run when its last phase begins."""
+        """Refuse now what would otherwise stop the run when its last phase begins; phases that are done may be."""
         patch = self.model.visual.trunk.patch_embed.patch_size[0]
-        for index, phase in enumerate(self.config.phases):
+        for index, phase in list(enumerate(self.config.phases))[self._first_phase :]:
             if phase.image_size % patch:
                 raise ConfigError(
                     f"phases[{index}].image_size {phase.image_size} is not a multiple of the patch size {patch}: use "
@@ -100,9 +130,9 @@ class Trainer:
                     f"phases[{index}].keep_tokens {phase.keep_tokens} exceeds the {tokens} tokens of an image of "
                     f"{phase.image_size} px"
                 )
-            objective = self.objective
-            if self.config.objective_of(phase) != self._minimised:
-                objective = self._build_objective(index, build_model(self.config.model))
+            # A phase that a state continues has begun before, and begins next.
+            begun = self._state is not None and index == self._first_phase
+            objective = self.objective if begun else rehearse_phase(self.config, index, self.device, self.processes)
             self._loader(index, objective, 0)
 
     def _loader(self, index: int, objective: Objective, first: int) -> DataLoader:
@@ -112,15 +142,6 @@ class Trainer:
             self.data.training, self.data.store, views, config.data, phase, config.run.seed * 1000 + index, first,
             self.processes.rank, self.processes.world,
         )  # fmt: skip
-
-    def _identity(self) -> str:
-        """What must not change on resumption: everything but where, how widely and how often things are written."""
-        keep = [line for line in to_yaml(self.config).splitlines() if not line.startswith("  ")]
-        data = replace(self.config.data, workers=0, preload=False)  # how samples are made, not which
-        phases = [replace(phase, micro_batch_size=0) for phase in self.config.phases]
-        config = self.config
-        parts = (config.model, data, config.objective, phases, config.optim, config.run.seed)
-        return "\n".join([*keep, *(repr(p) for p in parts)])
 
     def _global_step(self, phase: int, step: int) -> int:
         return sum(p.steps for p in self.config.phases[:phase]) + step
@@ -137,7 +158,8 @@ class Trainer:
         folder = Path(self.config.run.output) / "checkpoint"
         if self.processes.is_main:
             save_checkpoint(folder, self.model, self.config.model)
-            self._write_summary(folder)
+            text = summary(self.data.notes, self._left_out, self.results, self._seconds, self.device.describe(), folder)
+            self.folder.write_summary(text)
             self.folder.close()
         self.processes.wait()
         return folder
@@ -145,9 +167,8 @@ class Trainer:
     def _enter(self, index: int) -> TrainStep:
         """Adapt the objective to a phase, put it on its device(s), make its optimiser; restore a state once."""
         phase, run = self.config.phases[index], self.config.run
-        if self.config.objective_of(phase) != self._minimised:
-            self._minimised = self.config.objective_of(phase)
-            self.objective = self._build_objective(index, self.model.cpu())
+        if index > self._first_phase and self._changes(index):
+            self.objective = self._next_objective(index, self.model.cpu(), self.objective.state_dict())
         self.objective.enter_phase(phase)
         state, self._state = self._state, None
         if state:
@@ -171,7 +192,7 @@ class Trainer:
     def _whole_objective(self, index: int) -> Objective:
         """An unsharded copy of the objective in phase `index`; every process must call it."""
         state = plain(self.objective.state_dict())
-        copy = self._build_objective(index, build_model(self.config.model))
+        copy = self._build_objective(index, build_model(self.config.model), self.objective.recipe())
         copy.enter_phase(self.config.phases[index])
         copy.load_state_dict(state)
         return copy
@@ -203,12 +224,16 @@ class Trainer:
                     self._seconds += elapsed
                     self._log(index, done, values, live, (done - since) * phase.batch_size / elapsed, bar)
                     started, since = time.perf_counter(), done
+                # Before an evaluation, which weights that are not finite would only confuse.
+                state = self._state_to_save(index, done, live.optimizer) if saving else None
                 every = self.config.evaluation.every
-                if done == phase.steps or (every and done % every == 0):
+                evaluating = done == phase.steps or (every and done % every == 0)
+                if evaluating:
                     self._evaluate(index, done)
+                if state:
+                    self._save(state)
+                if evaluating or saving:
                     started = time.perf_counter()
-                if saving:
-                    self._save(index, done, live.optimizer)
         self._leave(index)
 
     def _step(self, live: TrainStep, batch: dict, step: int) -> dict[str, torch.Tensor]:
@@ -218,8 +243,7 @@ class Trainer:
         name = self.config.phases[index].name
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
-                f"the loss became {values['loss']} at step {step} of phase {name}: lower its lr or lengthen its "
-                f"warm-up; the last state is in {self.config.run.output}"
+                f"the loss became {values['loss']} at step {step} of phase {name}: {self._remedy()}"
             )
         if self.folder:
             bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{rate:.0f}", refresh=False)
@@ -253,37 +277,40 @@ class Trainer:
         values = {f"zero_shot_{title}_{name}": value for name, value in result.to_dict().items()}
         self.folder.log(self._global_step(index, step), phase=phase, train_seconds=self._seconds, **values)
 
-    def _save(self, index: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-        # Putting split or global tensors together takes every process; else copying to the CPU is the main one's work.
-        if not (self.processes.is_main or self.processes.one_program or self.config.run.parallel == "fsdp"):
-            return
-        state = {
-            "config": self._identity(), "data": self.data.fingerprints,
-            "phase": index, "step": step, "seconds": self._seconds,
-            "objective": plain(self.objective.state_dict()), "optimizer": plain(optimizer.state_dict()),
-            "results": {
-                phase: {split: asdict(result) for split, result in by_split.items()}
-                for phase, by_split in self.results.items()
-            },
-        }  # fmt: skip
-        if self.processes.is_main:
-            save_state(Path(self.config.run.output), state)
+    def _state_to_save(self, index: int, step: int, optimizer: torch.optim.Optimizer) -> dict | None:
+        """The state on the CPU, for the process that writes it; every process must call it.
 
-    def _write_summary(self, checkpoint: Path) -> None:
-        lines = ["# Pretraining run", "", *(f"- {note}" for note in self.data.notes)]
-        lines += [f"- {note}" for note in self.data.left_out()]
-        lines += [
-            f"- {result.broken} broken images of {split} left out of the evaluation after {phase}"
-            for phase, by_split in self.results.items()
-            for split, result in by_split.items()
-            if result.broken
-        ]
-        lines.append(f"- training time: {self._seconds / 60:.1f} minutes on {self.device.describe()}")
-        lines += [f"- checkpoint: {checkpoint}", "", "| phase | split | top-1 | top-5 | chance | images | classes |"]
-        lines.append("|---|---|---|---|---|---|---|")
-        for phase, by_split in self.results.items():
-            for split, r in by_split.items():
-                lines.append(
-                    f"| {phase} | {split} | {r.top1:.1%} | {r.top5:.1%} | {r.chance:.2%} | {r.images} | {r.classes} |"
-                )
-        self.folder.write_summary("\n".join(lines) + "\n")
+        Raises:
+            FloatingPointError: on every process, if a number in it is not finite. The loss says nothing of the update
+                that came after it.
+        """
+        # Putting split or global tensors together takes every process; else copying to the CPU is the main one's work.
+        state, name = None, ""
+        if self.processes.is_main or self.processes.one_program or self.config.run.parallel == "fsdp":
+            state = {"objective": plain(self.objective.state_dict()), "optimizer": plain(optimizer.state_dict())}
+            state["recipe"] = self.objective.recipe()
+            numbers = {"objective": state["objective"], "optimizer": state["optimizer"]["state"]}
+            name = first_not_finite(numbers, masks={f"objective.{n}" for n, _ in self.objective.named_buffers()})
+        reports = self.processes.texts(report_to_all(name, self.data.left_out()), self.device)
+        name, left_out = gather_reports(reports)
+        if name:
+            raise FloatingPointError(
+                f"after step {step} of phase {self.config.phases[index].name}, {name} is not finite, though the loss "
+                f"was: {self._remedy()}"
+            )
+        self._left_out = self._left_out_before + left_out
+        return {**state, "phase": index, "step": step} if self.processes.is_main else None
+
+    def _remedy(self) -> str:
+        return (
+            "lower its lr, lengthen its warm-up or set optim.grad_clip, and continue with --resume from the last state "
+            f"in {self.config.run.output}, which is from before"
+        )
+
+    def _save(self, state: dict) -> None:
+        results = {phase: {s: asdict(result) for s, result in found.items()} for phase, found in self.results.items()}
+        state |= {
+            "config": identity(self.config), "data": self.data.fingerprints, "seconds": self._seconds,
+            "results": results, "left_out": dict(self._left_out),
+        }  # fmt: skip
+        save_state(Path(self.config.run.output), state)

@@ -62,7 +62,8 @@ def build_model(config: ModelConfig) -> CustomTextCLIP:
         embed_dim=definition["embed_dim"],
         vision_cfg=definition["vision_cfg"],
         text_cfg=definition["text_cfg"],
-        init_logit_scale=torch.tensor(config.init_temperature).reciprocal().log().item(),
+        # On the CPU, also where the towers are to have no memory (the meta device).
+        init_logit_scale=torch.tensor(config.init_temperature, device="cpu").reciprocal().log().item(),
     )
     trunk = model.visual.trunk
     if not isinstance(trunk, VisionTransformer) or trunk.global_pool != "avg" or trunk.pool_include_prefix:
@@ -94,8 +95,9 @@ def set_image_size(model: CustomTextCLIP, size: int) -> None:
             f"image_size {size} is not a multiple of the patch size {patch}: use {size // patch * patch or patch}"
         )
     prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-    # On the CPU: XLA has no kernel for it, and a table is small.
-    table = resample_grid(trunk.pos_embed.detach().cpu(), size // patch, prefix).to(trunk.pos_embed.device)
+    table = trunk.pos_embed.detach()
+    # On the CPU: XLA has no kernel for it, and a table is small. One without memory has nothing to move.
+    table = resample_grid(table if table.is_meta else table.cpu(), size // patch, prefix).to(table.device)
     trunk.pos_embed = nn.Parameter(table.clone(), requires_grad=trunk.pos_embed.requires_grad)
     trunk.patch_embed.set_input_size(img_size=size)
     model.visual.image_size = (size, size)

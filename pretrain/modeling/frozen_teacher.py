@@ -4,6 +4,9 @@ The teacher is any checkpoint folder: ours, or another of open_clip's format wit
 trains; which features are compared how is in `losses.token_alignment` and the objectives.
 """
 
+import json
+from pathlib import Path
+
 import open_clip
 import torch
 from open_clip import CustomTextCLIP
@@ -12,7 +15,7 @@ from torch import nn
 
 from pretrain.config import ConfigError, ModelConfig
 from pretrain.data.transforms import normalise
-from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
+from pretrain.modeling.checkpoint import CONFIG_FILE, load_checkpoint
 from pretrain.modeling.clip import set_image_size
 from pretrain.modeling.image_tower import encode_image_and_patches
 from pretrain.modeling.plain_tower import plain_tower
@@ -22,20 +25,29 @@ class FrozenTeacher(nn.Module):
     """The image tower of a checkpoint folder: always in evaluation mode, never with gradient.
 
     Contract: uint8 images (B, 3, S, S) -> embedding (B, E) and patch embeddings (B, N, E) in the teacher's joint space,
-    not normalised. The weights are part of the state dictionary: a resumed run has the same teacher whatever happened
-    to its folder.
+    not normalised. The weights are part of the state dictionary, and `recipe` has the rest: a resumed run has the same
+    teacher whatever happened to its folder.
+
+    Args:
+        visual: an image tower of open_clip.
+        recipe: plain values: what open_clip made the tower from (embed_dim, vision_cfg, quick_gelu), and the
+            normalisation (mean, std).
+
+    Raises:
+        ConfigError: if the tower cannot be taken apart into patches.
     """
 
-    def __init__(self, source: ImageTextModel) -> None:
+    def __init__(self, visual: nn.Module, recipe: dict) -> None:
         super().__init__()
         try:
-            self.visual = plain_tower(source.model.visual)
+            self.visual = plain_tower(visual)
             table = self.visual.trunk.pos_embed
             if table is None:
                 raise ValueError("the image tower has no table of positions")
         except (ValueError, AttributeError) as error:
             raise ConfigError(f"objective.options.teacher cannot teach patch features: {error}") from error
-        self.mean, self.std = source.mean, source.std
+        self.recipe = {**recipe, "image_size": int(self.visual.image_size[0])}
+        self.mean, self.std = tuple(recipe["mean"]), tuple(recipe["std"])
         # Phases resample from this, not from each other: a table that went through a small size has lost detail.
         self.register_buffer("own_positions", table.detach().clone())
         self.requires_grad_(False).eval()
@@ -72,24 +84,53 @@ def load_teacher(folder: str, model: CustomTextCLIP, config: ModelConfig) -> Fro
     """
     if not folder:
         raise ConfigError("objective.options.teacher is empty: give a checkpoint folder (runs/…/checkpoint)")
-    source = load_checkpoint(folder)
+    with torch.device("cpu"):  # also where a student without memory (on the meta device) is only to be checked
+        source = load_checkpoint(folder)
     if source.embed_dim != config.embed_dim:
         raise ConfigError(
             f"model.embed_dim is {config.embed_dim}, but the teacher {folder} has a joint space of {source.embed_dim} "
             f"dimensions: set model.embed_dim={source.embed_dim}"
         )
-    teacher = FrozenTeacher(source)
+    made_from = json.loads((Path(folder) / CONFIG_FILE).read_text())["model_cfg"]
+    recipe = {
+        "embed_dim": source.embed_dim, "vision_cfg": made_from["vision_cfg"],
+        "quick_gelu": bool(made_from.get("quick_gelu", False)), "mean": list(source.mean), "std": list(source.std),
+    }  # fmt: skip
+    teacher = FrozenTeacher(source.model.visual, recipe)
     patches = [tuple(visual.trunk.patch_embed.patch_size) for visual in (model.visual, teacher.visual)]
     if patches[0] != patches[1]:
         raise ConfigError(
             f"model.image.timm_model has patches of {patches[0][0]} px, the teacher {folder} of {patches[1][0]}: their "
             "grids differ at every image size; use an image tower with the teacher's patches, or another teacher"
         )
-    model.requires_grad_(True)
     _copy_text_tower(model, source.model, folder)
+    _train_images_only(model)
+    return teacher
+
+
+def teacher_again(recipe: dict, model: CustomTextCLIP) -> FrozenTeacher:
+    """The teacher of an earlier `FrozenTeacher.recipe`, without weights: those, and the text tower that `model` took
+    over, are in the state dictionary that is loaded next.
+
+    Args:
+        recipe: plain values.
+        model: the student's towers; what is frozen of them becomes so again.
+    """
+    vision = {**recipe["vision_cfg"], "timm_model_pretrained": False}
+    no_text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+    towers = CustomTextCLIP(recipe["embed_dim"], vision, no_text, quick_gelu=recipe["quick_gelu"])
+    teacher = FrozenTeacher(towers.visual, recipe)
+    teacher.set_image_size(recipe["image_size"])
+    teacher.own_positions = teacher.visual.trunk.pos_embed.detach().clone()
+    teacher.recipe = dict(recipe)
+    _train_images_only(model)
+    return teacher
+
+
+def _train_images_only(model: CustomTextCLIP) -> None:
+    model.requires_grad_(True)
     model.text.requires_grad_(False)
     model.logit_scale.requires_grad_(False)
-    return teacher
 
 
 def check_grids(model: CustomTextCLIP, teacher: FrozenTeacher) -> None:

@@ -27,14 +27,19 @@ OBJECTIVES = {
 }
 
 
-def build_objective(config: PretrainConfig, model: CustomTextCLIP, phase: PhaseConfig | None = None) -> Objective:
+def build_objective(
+    config: PretrainConfig, model: CustomTextCLIP, phase: PhaseConfig | None = None, recipe: dict | None = None
+) -> Objective:
     """The objective of `phase` (None: the run's), owning `model`.
+
+    Args:
+        recipe: `Objective.recipe` of the one whose state is loaded next; None or empty: a new one.
 
     Raises:
         ConfigError: for an unknown name, or an option that this objective does not have.
     """
     objective, options = _chosen(config, phase)
-    return objective(model, config.model, options)
+    return objective(model, config.model, options, **({"recipe": recipe} if recipe else {}))
 
 
 def passes_of(config: PretrainConfig, phase: PhaseConfig | None = None) -> Passes:

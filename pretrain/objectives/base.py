@@ -37,7 +37,8 @@ class Objective(nn.Module, ABC):
     """Contract of every objective.
 
     `model` is the pair of towers that is evaluated and saved; whatever else is trained or carried along (projectors, a
-    moving average, a frozen teacher, counters) is in the state dictionary too, so that resumption is exact.
+    moving average, a frozen teacher, counters) is in the state dictionary too, so that resumption is exact. Before the
+    first phase an objective of each is made on the meta device, and enters its phase there, to find errors early.
 
     A batch is {"image": (B, 3, S, S) uint8 RGB, "tokens": (B, L) int64}, or what `views` says, this process's part of
     the global batch.
@@ -49,10 +50,18 @@ class Objective(nn.Module, ABC):
     model: CustomTextCLIP
     # Why a batch cannot be encoded in pieces, to follow "because "; empty: it can.
     whole_batch: ClassVar[str] = ""
+    # Prefixes of state that the next phase does not take over where it has the same objective with other options: the
+    # towers are there already, and what options alone decide must follow them.
+    not_carried: ClassVar[tuple[str, ...]] = ("model.",)
 
     def views(self, data: DataConfig, phase: PhaseConfig, backgrounds: Sequence[Image.Image]) -> Views:
         """What the loader makes of every pair."""
         return plain_views(data, phase, backgrounds)
+
+    def recipe(self) -> dict[str, Any]:
+        """Plain values that, with the state dictionary, make this objective again where a file that its options name is
+        gone; the constructor gets them as `recipe`. Empty: options are enough."""
+        return {}
 
     @classmethod
     def passes(cls, options: Any) -> Passes:

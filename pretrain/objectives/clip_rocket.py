@@ -133,6 +133,12 @@ class ClipRocket(Objective):
                 f"phase {phase.name}: clip_rocket does not drop tokens or crop positions; set token_dropping=none and "
                 "cropped_positions=false, or use the objective info_nce"
             )
+        patch = self.model.visual.trunk.patch_embed.patch_size[0]
+        if (size := self.options.augmented_image_size) % patch:
+            raise ConfigError(
+                f"objective.options.augmented_image_size {size} of phase {phase.name} is not a multiple of the patch "
+                f"size {patch}: use {size // patch * patch or patch}"
+            )
         set_image_size(self.model, phase.image_size)
         set_context_length(self.model, phase.context_length)
         size = self.options.augmented_image_size or phase.image_size

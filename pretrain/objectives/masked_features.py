@@ -33,11 +33,14 @@ class MaskedFeaturesOptions:
 class MaskedFeatures(TeacherAlignment):
     """Prediction of the masked tokens. See `Objective` for the contract; the mask token is not part of `model`."""
 
-    def __init__(self, model: CustomTextCLIP, config: ModelConfig, options: MaskedFeaturesOptions | None = None):
+    def __init__(
+        self, model: CustomTextCLIP, config: ModelConfig, options: MaskedFeaturesOptions | None = None,
+        recipe: dict | None = None,
+    ):  # fmt: skip
         self.options = options or MaskedFeaturesOptions()
         if not 0 < self.options.mask_ratio < 1:
             raise ConfigError(f"objective.options.mask_ratio is {self.options.mask_ratio}: above 0, below 1")
-        super().__init__(model, config, self.options.teacher)
+        super().__init__(model, config, self.options.teacher, recipe)
         self.mask_token = nn.Parameter(torch.empty(model.visual.trunk.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)  # BEiT's
 

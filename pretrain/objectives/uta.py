@@ -23,7 +23,7 @@ from pretrain.data.transforms import normalise
 from pretrain.data.views import Views
 from pretrain.losses.token_alignment import token_cosines
 from pretrain.modeling.clip import set_context_length, set_image_size
-from pretrain.modeling.frozen_teacher import check_grids, load_teacher
+from pretrain.modeling.frozen_teacher import check_grids, load_teacher, teacher_again
 from pretrain.modeling.image_tower import encode_image_and_patches
 from pretrain.modeling.masking import keep_reversed_blocks
 from pretrain.objectives.base import Objective, Passes
@@ -43,10 +43,16 @@ class TeacherAlignment(Objective):
     `model` is the student's image tower with the teacher's text tower.
     """
 
-    def __init__(self, model: CustomTextCLIP, config: ModelConfig, teacher: str):
+    not_carried = ("model.", "teacher.")  # another phase may have another teacher
+
+    def __init__(self, model: CustomTextCLIP, config: ModelConfig, teacher: str, recipe: dict | None = None):
         super().__init__()
-        self.teacher = load_teacher(teacher, model, config)
+        self.teacher = teacher_again(recipe, model) if recipe else load_teacher(teacher, model, config)
         self.model = model
+
+    def recipe(self) -> dict:
+        """What the teacher is besides its weights."""
+        return self.teacher.recipe
 
     @classmethod
     def passes(cls, options: "UTAOptions") -> Passes:
@@ -84,11 +90,13 @@ class TeacherAlignment(Objective):
 class UTA(TeacherAlignment):
     """Alignment of the kept tokens. See `Objective` for the contract."""
 
-    def __init__(self, model: CustomTextCLIP, config: ModelConfig, options: UTAOptions | None = None):
+    def __init__(
+        self, model: CustomTextCLIP, config: ModelConfig, options: UTAOptions | None = None, recipe: dict | None = None
+    ):  # fmt: skip
         self.options = options or UTAOptions()
         if not 0 <= self.options.mask_ratio < 1:
             raise ConfigError(f"objective.options.mask_ratio is {self.options.mask_ratio}: at least 0, below 1")
-        super().__init__(model, config, self.options.teacher)
+        super().__init__(model, config, self.options.teacher, recipe)
 
     @classmethod
     def passes(cls, options: UTAOptions) -> Passes:

@@ -228,6 +228,8 @@ def test_bfloat16_trains_to_nearly_the_same_losses(one_device):
 def everything_on_four_devices(table: str, folder: str) -> dict:
     import torch_xla
 
+    from pretrain.engine.device import Device
+    from pretrain.engine.processes import Processes
     from pretrain.engine.step import TrainStep
     from pretrain.objectives.info_nce import InfoNCE
 
@@ -252,6 +254,8 @@ def everything_on_four_devices(table: str, folder: str) -> dict:
     results["batch"], results["parameters"] = (sorted(shardings[name]) for name in ("batch", "parameters"))
     results["resumed"] = train(configuration(table, f"{folder}/one", **options), resume=True, stop_after=2)
     results["dropped"] = train(dropping(table, f"{folder}/dropped", **options), stop_after=4)
+    second_of_two = Processes(1, 2, kind="spmd")
+    results["texts"] = second_of_two.texts("host b: 7", Device("xla", parallel="spmd"))
     results["left to pytorch"] = operations_left_to_pytorch()
     return results
 
@@ -299,6 +303,11 @@ def test_a_state_of_four_devices_is_plain_and_continues_on_the_cpu(four_devices,
 def test_a_state_of_the_cpu_continues_on_four_devices(four_devices, cpu):
     resumed = four_devices["resumed"]
     assert len(resumed["steps"]) == 2 and resumed["losses"] == pytest.approx(cpu["losses"][:10], abs=1e-3)
+
+
+def test_a_host_of_one_program_says_something_in_its_own_place(four_devices):
+    """The other host, which is not there, says nothing."""
+    assert four_devices["texts"] == ["", "host b: 7"]
 
 
 def test_what_is_drawn_works_on_four_devices(four_devices):

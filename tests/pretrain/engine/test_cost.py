@@ -313,6 +313,16 @@ def test_a_batch_of_16384_at_64_px_fits_16_gb_with_a_micro_batch_and_does_not_wi
     assert largest_micro_batch(phase, large_towers, config, 1e9, 1, large_state) == 0
 
 
+def test_the_rows_of_similarities_are_those_of_the_phases_own_objective(large_towers, large_state):
+    """As the same options of the run's objective: 64 rows of 4,096 float32, four times."""
+    phase, chunked = PhaseConfig("main", 1, 64, 16, 4096), ObjectiveConfig(options={"chunk_size": 64})
+    own = phase_memory(replace(phase, objective=chunked), large_towers, large_config(), 1, large_state)
+    runs = phase_memory(phase, large_towers, replace(large_config(), objective=chunked), 1, large_state)
+    assert own.loss == runs.loss == 4 * 64 * 4096 * 4
+    plain = replace(phase, objective=ObjectiveConfig())
+    assert phase_memory(plain, large_towers, replace(large_config(), objective=chunked), 1, large_state).loss > own.loss
+
+
 def test_memory_hardly_grows_with_the_batch_at_a_fixed_micro_batch(large_towers, large_state):
     config = large_config()
     config.objective.options["chunk_size"] = 1024

@@ -1,6 +1,7 @@
 """Phases with an objective and an optimiser of their own, weights to start from, and several encoders to judge."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,16 @@ from torch import nn
 
 from pretrain.config import ConfigError, load_config, to_yaml
 from pretrain.data.views import Views
+from pretrain.engine import phases as phases_module
 from pretrain.engine.checkpoint import load_state
 from pretrain.engine.train import Trainer
 from pretrain.modeling.checkpoint import WEIGHTS_FILE, CheckpointError, load_checkpoint
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.info_nce import InfoNCE, InfoNCEOptions
 
+SIZES = {
+    "siamese_hidden": 16, "siamese_outputs": 8, "assignment_hidden": 16, "assignment_outputs": 8, "prototypes": 6
+}  # fmt: skip
 CHANGING = [
     {"name": "contrastive", "steps": 3},
     {"name": "own weights", "steps": 3, "objective": {"name": "scaled"}, "optim": {"name": "sgd"}},
@@ -82,11 +87,9 @@ def test_a_phase_has_its_own_objective_and_optimiser(run_config):
     assert "val_turned" in (Path(config.run.output) / "summary.md").read_text()
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
-def test_resumption_before_at_and_after_the_change_is_exact(run_config, stop):
-    straight, stopped = (run_config(CHANGING, output=name, run={"checkpoint_every": 1}) for name in ("a", "b"))
-    Trainer(straight).train()
-    trainer, inner, count = Trainer(stopped), Trainer._step, 0
+def stop_and_resume(config, stop: int) -> Trainer:
+    """Train until the power fails before step `stop`, then the rest; returns the second trainer."""
+    trainer, inner, count = Trainer(config), Trainer._step, 0
 
     def step(*arguments):
         nonlocal count
@@ -98,17 +101,140 @@ def test_resumption_before_at_and_after_the_change_is_exact(run_config, stop):
     trainer._step = step
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    Trainer(stopped, resume=True).train()
+    resumed = Trainer(config, resume=True)
+    resumed.train()
+    return resumed
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_resumption_before_at_and_after_the_change_is_exact(run_config, stop):
+    straight, stopped = (run_config(CHANGING, output=name, run={"checkpoint_every": 1}) for name in ("a", "b"))
+    Trainer(straight).train()
+    stop_and_resume(stopped, stop)
     left, right = weights(straight), weights(stopped)
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_later_phase_that_cannot_work_is_refused_before_the_first(run_config):
-    phases = [CHANGING[0], {**CHANGING[1], "micro_batch_size": 4}]
-    with pytest.raises(ConfigError, match="Scaled cannot be encoded in pieces, because rows depend on each other"):
-        Trainer(run_config(phases)).train()
-    with pytest.raises(ConfigError, match="objective.name is 'scald'"):
-        Trainer(run_config([CHANGING[0], {"steps": 1, "objective": {"name": "scald"}}], output="other"))
+ROCKET = {"name": "clip_rocket", "options": {"projector_hidden": 16}}
+CANNOT = {
+    "pieces of a batch norm": (
+        {**CHANGING[1], "micro_batch_size": 4}, "Scaled cannot be encoded in pieces, because rows depend on each other"
+    ),
+    "a micro batch that does not divide": ({"micro_batch_size": 5}, "micro_batch_size 5 does not cut the 12 pairs"),
+    "an unknown objective": ({"objective": {"name": "scald"}}, "objective.name is 'scald'"),
+    "an unknown optimiser": ({"optim": {"name": "lambb"}}, "optim: lambb cannot be used"),
+    "an option of another optimiser": (
+        {"optim": {"name": "lamb", "options": {"fallback_lr_scale": 0.1}}}, "lamb cannot be used .*fallback_lr_scale"
+    ),
+    "tokens that the objective does not drop": (
+        {"objective": ROCKET, "token_dropping": "random", "keep_tokens": 2}, "clip_rocket does not drop tokens"
+    ),
+    "another size of augmented images": (
+        {"objective": {**ROCKET, "options": {"augmented_image_size": 20}}}, "augmented_image_size 20 .*: use 16"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_a_later_phase_that_cannot_work_is_refused_before_the_first(run_config, case):
+    """When the trainer is made: nothing here trains."""
+    phase, message = CANNOT[case]
+    with pytest.raises(ConfigError, match=message):
+        Trainer(run_config([CHANGING[0], {"steps": 1, **phase}]))
+
+
+def test_phases_are_checked_without_memory_for_their_towers(run_config, monkeypatch):
+    config, made = run_config([CHANGING[0], {"steps": 1, "objective": {"name": "otter"}}]), []
+    build = phases_module.build_objective
+
+    def watched(*arguments):
+        made.append(objective := build(*arguments))
+        return objective
+
+    monkeypatch.setattr(phases_module, "build_objective", watched)
+    Trainer(config)
+    assert len(made) == 2 and {p.device.type for objective in made for p in objective.parameters()} == {"meta"}
+
+
+def test_an_objective_whose_constructor_needs_numbers_is_checked_too(run_config, monkeypatch):
+    class Reading(Scaled):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.start = self.turn.weight.norm().item()
+
+    monkeypatch.setitem(OBJECTIVES, "scaled", (Reading, InfoNCEOptions))
+    Trainer(run_config(CHANGING))
+    with pytest.raises(ConfigError, match="Reading cannot be encoded in pieces"):
+        Trainer(run_config([CHANGING[0], {**CHANGING[1], "micro_batch_size": 4}]))
+
+
+# A phase with the same objective and other options, and what must be the same right before and after its start.
+CARRIED = {
+    "clip_rocket": (
+        {"projector_hidden": 16, "terms": {"byolip": 1.0, "swalip_v1": 0.2}, "sizes": SIZES}, {"text_dropout": 0.1},
+        {
+            "image_projector.0.weight", "image_projector.1.num_batches_tracked", "augmented_logit_scale",
+            "terms.byolip.average.updates", "terms.swalip_v1.steps", "terms.swalip_v1.prototypes",
+        },
+    ),
+    "otter": (
+        {"ema_decay": 0.9}, {"alpha": 0.6},
+        {"teacher.updates", "teacher.module.text.token_embedding.weight", "distillation_logit_scale"},
+    ),
+}  # fmt: skip
+
+
+def entered(trainer: Trainer) -> dict[int, tuple[dict, dict]]:
+    """The objective's state before and after each phase's start, filled while it trains."""
+    found, inner = {}, trainer._enter
+
+    def enter(index):
+        before = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
+        live = inner(index)
+        found[index] = before, {name: value.clone() for name, value in trainer.objective.state_dict().items()}
+        return live
+
+    trainer._enter = enter
+    return found
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_another_option_of_the_same_objective_keeps_what_it_has_learned(run_config, capsys, name):
+    options, change, expected = CARRIED[name]
+    second = {"steps": 2, "image_size": 48, "objective": {"name": name, "options": {**options, **change}}}
+    phases = [{"steps": 2, "objective": {"name": name, "options": options}}, second]
+    straight, stopped = (run_config(phases, output=output, run={"checkpoint_every": 1}) for output in "ab")
+    trainer = Trainer(straight)
+    states = entered(trainer)
+    trainer.train()
+    before, after = states[1]
+    unequal = {
+        key for key in before if before[key].shape == after[key].shape and not torch.equal(before[key], after[key])
+    }
+    assert unequal == set() and "start afresh" not in capsys.readouterr().out
+    for stop in (2, 3):  # at the boundary and within the second phase
+        resumed = stop_and_resume(stopped, stop)
+        own, wanted = resumed.objective.state_dict(), trainer.objective.state_dict()
+        assert own.keys() == wanted.keys() and all(torch.equal(own[key], wanted[key]) for key in wanted)
+        shutil.rmtree(stopped.run.output)
+
+
+def test_what_has_another_shape_starts_afresh_and_is_named(run_config, capsys):
+    objectives = [{"name": "clip_rocket", "options": {"projector_hidden": width}} for width in (16, 24)]
+    trainer = Trainer(run_config([{"steps": 1, "objective": objective} for objective in objectives]))
+    states = entered(trainer)
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert "clip_rocket has other options; these start afresh: image_projector.0, " in printed
+    before, after = states[1]
+    assert torch.equal(before["augmented_logit_scale"], after["augmented_logit_scale"])
+
+
+def test_a_new_part_is_named_as_a_whole(run_config, capsys):
+    options = {"projector_hidden": 16, "sizes": SIZES}
+    objectives = [{"name": "clip_rocket", "options": {**options, "terms": terms}} for terms in ({}, {"siamlip": 1.0})]
+    Trainer(run_config([{"steps": 1, "objective": objective} for objective in objectives])).train()
+    assert "these start afresh: terms\n" in capsys.readouterr().out
 
 
 def test_the_fields_of_a_phases_groups_are_checked_and_survive_a_file(run_config, tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from pretrain.config import ConfigError, load_config, to_yaml
 from pretrain.data.folder import read_table
 from pretrain.data.pairs import load_pairs
+from pretrain.engine.step import TrainStep
 from pretrain.engine.train import Trainer
 from pretrain.modeling.checkpoint import WEIGHTS_FILE, load_checkpoint
 
@@ -193,7 +194,9 @@ def test_resuming_a_finished_run_changes_nothing(straight):
     assert list(losses(straight.run.output)) == list(range(1, 8))
 
 
-@pytest.mark.parametrize("changed", ["optim.weight_decay=0.5", "phases.0.lr=0.1", "run.seed=4", "model.embed_dim=48"])
+@pytest.mark.parametrize(
+    "changed", ["optim.weight_decay=0.5", "phases.0.image_size=48", "run.seed=4", "model.embed_dim=48"]
+)
 def test_resuming_with_another_configuration_is_refused(straight, changed):
     path = Path(straight.run.output) / "config.yaml"
     with pytest.raises(ConfigError, match="was started with another configuration: restore .*config.yaml"):
@@ -257,11 +260,50 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_remedy(run_config):
 
     trainer._step = step
     with pytest.raises(
-        FloatingPointError, match="the loss became nan at step 2 of phase hot: lower its lr or lengthen"
+        FloatingPointError, match="the loss became nan at step 2 of phase hot: lower its lr, lengthen its warm-up"
     ):
         trainer.train()
     state = torch.load(Path(config.run.output) / "state.pt", weights_only=True)
     assert state["step"] == 1  # the state before the damage is kept
+
+
+def spoil_a_gradient(monkeypatch, number: int) -> None:
+    """From the step of this number (1-based) on, the loss is finite and one gradient is not."""
+    inner, done = TrainStep._at_once, []
+
+    def at_once(self, *arguments):
+        output = inner(self, *arguments)
+        done.append(1)
+        if len(done) >= number:
+            self.objective.model.text.ln_final.bias.grad[0] = float("inf")
+        return output
+
+    monkeypatch.setattr(TrainStep, "_at_once", at_once)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+def test_an_update_that_is_not_finite_does_not_replace_the_last_good_state(run_config, monkeypatch, optimiser):
+    config = run_config([{"name": "hot", "steps": 3}], run={"checkpoint_every": 1}, optim={"name": optimiser})
+    spoil_a_gradient(monkeypatch, 2)
+    with pytest.raises(FloatingPointError, match="after step 2 of phase hot, .*bias is not finite.*optim.grad_clip"):
+        Trainer(config).train()
+    state = torch.load(Path(config.run.output) / "state.pt", weights_only=True)
+    assert state["step"] == 1 and all(v.isfinite().all() for n, v in state["objective"].items() if "mask" not in n)
+    assert math.isfinite(losses(config.run.output)[2])  # the loss alone would have let it pass
+
+
+def test_the_remedy_of_a_diverged_run_works(run_config, monkeypatch, capsys):
+    config = run_config([{"name": "hot", "steps": 3}], run={"checkpoint_every": 1})
+    with monkeypatch.context() as patch:
+        spoil_a_gradient(patch, 2)
+        with pytest.raises(FloatingPointError, match="lower its lr, lengthen its warm-up or set optim.grad_clip"):
+            Trainer(config).train()
+    milder = ["phases.0.lr=1e-4", "phases.0.warmup_steps=3", "optim.grad_clip=1.0"]
+    Trainer(load_config(Path(config.run.output) / "config.yaml", milder), resume=True).train()
+    assert "changed since: " in (printed := capsys.readouterr().out)
+    assert "phases[0].lr is 0.0001 (was 0.001)" in printed and "optim.grad_clip is 1.0 (was 0.0)" in printed
+    lines = [line for line in metrics(config.run.output) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["lr"] == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize(

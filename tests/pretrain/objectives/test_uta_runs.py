@@ -1,6 +1,7 @@
 """Alignment with a teacher, then contrastive fine-tuning: whole runs of two phases, resumed to the bit in each."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,33 @@ def test_alignment_then_fine_tuning_resumes_to_the_bit(run_config, run_teacher, 
     assert weights["logit_scale"].exp().item() == pytest.approx(100, rel=1e-6)
     before = load_file(Path(run_teacher) / WEIGHTS_FILE)
     assert not torch.equal(weights["text.ln_final.weight"], before["text.ln_final.weight"])
+
+
+def trained(phases_: list[dict], run_config, output: str, stop: int, before_resuming) -> dict:
+    """The weights of a run that stopped before a step (0: never) and went on."""
+    config = run_config(phases_, output=output, run={"checkpoint_every": 1})
+    if stop:
+        stop_before(Trainer(config), stop)
+        before_resuming()
+    Trainer(config, resume=bool(stop)).train()
+    return load_file(Path(config.run.output) / "checkpoint" / WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_resumes_without_its_teachers_folder(run_config, run_teacher, stop):
+    """Within the phase that learns from it, at that phase's end, and in the next phase."""
+    wanted = trained(phases(run_teacher, "uta"), run_config, "straight", 0, None)
+    found = trained(phases(run_teacher, "uta"), run_config, "stopped", stop, lambda: shutil.rmtree(run_teacher))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_another_teacher_in_the_next_phase_is_not_the_old_one(run_config, run_teacher, tmp_path):
+    """The rest of the objective's state is taken over; what the option names is not."""
+    config = run_config(output="unused").model
+    torch.manual_seed(8)
+    other = str(save_checkpoint(tmp_path / "other_teacher", build_model(config), config))
+    first, second = (phases(teacher, "masked_features")[0] for teacher in (run_teacher, other))
+    trainer = Trainer(run_config([first, {**second, "lr": 0.0, "name": "again"}]))
+    trainer.train()
+    tower = load_file(Path(other) / WEIGHTS_FILE)["visual.trunk.blocks.0.mlp.fc1.weight"]
+    assert torch.equal(trainer.objective.teacher.visual.trunk.blocks[0].mlp.fc1.weight, tower)
