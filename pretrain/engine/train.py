@@ -28,6 +28,7 @@ from pretrain.engine.step import TrainStep
 from pretrain.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
 from pretrain.modeling.checkpoint import initial_model, save_checkpoint
 from pretrain.modeling.clip import build_model
+from pretrain.modeling.head_file import save_heads
 from pretrain.objectives import Objective, build_objective
 
 
@@ -137,6 +138,7 @@ class Trainer:
         folder = Path(self.config.run.output) / "checkpoint"
         if self.processes.is_main:
             save_checkpoint(folder, self.model, self.config.model)
+            save_heads(folder, self.objective.heads())
             self._write_summary(folder)
             self.folder.close()
         self.processes.wait()
