@@ -70,6 +70,9 @@ class AugmentationConfig:
     cutout_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])
     rotation: float = 15.0  # degrees either way, cut-outs only
     crop_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # area kept, photographs only
+    # Pixels: photographs are resized so that their short side is this, then a random square of the phase's image size
+    # is cut out (torchvision's Resize and RandomCrop). 0: a crop of crop_scale of the area, its aspect 3/4 to 4/3.
+    crop_short_side: int = 0
     colour: float = 0.4  # strength of brightness, contrast and saturation changes
     grey_probability: float = 0.1
     photo_background_probability: float = 0.5  # else a random plain colour; needs data.backgrounds
@@ -306,6 +309,12 @@ def validate(config: PretrainConfig) -> None:
         for name in ("warmup_steps", "lr", "initial_lr", "final_lr"):
             if getattr(phase, name) < 0:
                 raise ConfigError(f"{where}.{name} is {getattr(phase, name)}: it must not be negative")
+        short_side = (phase.augmentation or config.data.augmentation).crop_short_side
+        if short_side != 0 and short_side < phase.image_size:
+            raise ConfigError(
+                f"{'data' if phase.augmentation is None else where}.augmentation.crop_short_side is {short_side}: it "
+                f"must be 0, or at least {where}.image_size {phase.image_size}"
+            )
         _one_of(f"{where}.schedule", phase.schedule, ("linear", "cosine"))
         _one_of(f"{where}.token_dropping", phase.token_dropping, ("none", "random", "block", "grid"))
         if (phase.token_dropping != "none") != (phase.keep_tokens > 0):
