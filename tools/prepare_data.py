@@ -1,7 +1,8 @@
 """Build or check data sets: `python tools/prepare_data.py mini` makes the miniature (drawings, captions, LVIS files).
 
-`trees` fetches photographs of forests with boxes, to fine-tune on. `lvis`, `coco` and `custom` check your own download
-and write training files without the novel classes.
+`trees` fetches photographs of forests with boxes, to fine-tune on. `synonyms` makes the file that clip-rocket's text
+views take synonyms from. `lvis`, `coco` and `custom` check your own download and write training files without the novel
+classes.
 """
 
 import argparse
@@ -50,6 +51,15 @@ def fetch_trees(options: argparse.Namespace) -> None:
     for split, counts in build_trees(options.root).items():
         print(f"{options.root / split}.json: {counts['tiles']} tiles, {counts['trees']} trees")
     print(f"whole pictures: {options.root}/whole; licence: {options.root}/LICENSE.txt")
+
+
+def fetch_synonyms(options: argparse.Namespace) -> None:
+    """The synonyms of WordNet, for `text.synonyms` of clip-rocket's configurations."""
+    from pretrain.data.wordnet import LICENCE_FILE, SYNONYMS_FILE, build_synonyms
+
+    counts = build_synonyms(options.root)
+    print(f"{options.root / SYNONYMS_FILE}: {counts['synonyms']:,} synonyms of {counts['words']:,} words")
+    print(f"licence: {options.root / LICENCE_FILE}")
 
 
 def check_lvis(options: argparse.Namespace) -> None:
@@ -117,6 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     trees.add_argument("--root", type=Path, default=Path("data/trees"), help="where to put it (default: %(default)s)")
     trees.set_defaults(work=fetch_trees)
+    synonyms = sets.add_parser("synonyms", help="WordNet's synonyms for clip-rocket's text views, 11 MB")
+    synonyms.add_argument(
+        "--root", type=Path, default=Path("data/wordnet"), help="where to put it (default: %(default)s)"
+    )
+    synonyms.set_defaults(work=fetch_synonyms)
     add_checks(sets)
     options = parser.parse_args(arguments)
 

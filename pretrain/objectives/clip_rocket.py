@@ -107,6 +107,7 @@ class ClipRocket(Objective):
         augmentation = phase.augmentation or data.augmentation
         images = {"image": StrengthView(phase.image_size, options.weak, augmentation, backgrounds)}
         captions = {"tokens": TextView(options.text, False, data.caption)}
+        strong_text = TextView(options.text, True, data.caption)  # one for all: it holds the synonyms
         for k in range(1, options.num_augmented + 1):
             strength = options.strong
             if options.asymmetric and k % 2:
@@ -114,7 +115,7 @@ class ClipRocket(Objective):
             elif options.asymmetric:
                 strength = replace(strength, blur_probability=0.1, solarize_probability=0.2)
             images[f"augmented_image_{k}"] = StrengthView(size, strength, augmentation, backgrounds)
-            captions[f"augmented_tokens_{k}"] = TextView(options.text, True, data.caption)
+            captions[f"augmented_tokens_{k}"] = strong_text
         return Views(images, captions)
 
     def encoders(self) -> dict[str, nn.Module]:
