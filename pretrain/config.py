@@ -93,7 +93,8 @@ class DataConfig:
     unique_by: str | None = None  # a column whose value no two pairs of a batch share (no false negatives)
     backgrounds: str | None = None  # a folder of photographs behind cut-outs
     preload: bool = False  # decode everything once into memory
-    workers: int = 2  # processes that prepare batches; 0: in the training process
+    # Processes that prepare batches; 0: in the training process; null: as many as the process's share of the CPU cores.
+    workers: int | None = 2
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
@@ -325,6 +326,8 @@ def validate(config: PretrainConfig) -> None:
     for name in ("log_every", "checkpoint_every"):
         if getattr(config.run, name) < 1:
             raise ConfigError(f"run.{name} is {getattr(config.run, name)}: it must be at least 1 step")
+    if (config.data.workers or 0) < 0:
+        raise ConfigError(f"data.workers is {config.data.workers}: it must be at least 0, or null for the CPU cores")
     if not config.data.caption.templates or not config.evaluation.templates:
         raise ConfigError('data.caption.templates and evaluation.templates need at least one template; ["{}"] is plain')
     _one_of("model.image.pool", config.model.image.pool, ("", "avg"))

@@ -4,6 +4,7 @@ Because no state is kept, resuming at step k means starting the plan at step k: 
 which worker prepares it does not matter.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator
 
@@ -161,15 +162,28 @@ def build_loader(
         groups = _groups(rows, config.unique_by)
         plan = BatchPlan(len(rows), phase.batch_size, seed, first_step, phase.steps, groups, rank, world)
         source = TableSource(rows, store)
+    workers = worker_count(config.workers)
     return DataLoader(
         TrainingPairs(source, views, seed),
         batch_sampler=plan,
-        num_workers=config.workers,
+        num_workers=workers,
         collate_fn=_Collate(phase.context_length),
-        # Forked workers share the preloaded images; a prefetch of a few batches hides the uneven cost of samples.
-        prefetch_factor=4 if config.workers else None,
+        # Forked workers share the preloaded images; a prefetch of a few batches hides the uneven cost of samples. Two
+        # of each do for many workers: at 224 px, batches wait in memory by the hundred megabytes.
+        prefetch_factor=min(4, max(2, 8 // workers)) if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def worker_count(workers: int | None) -> int:
+    """Processes that prepare batches: as many as given, or (None) the cores this process may use, shared equally with
+    the other training processes of the machine; at least 1."""
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # torchrun says how many processes there are, or torch_xla.launch.
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("PJRT_LOCAL_PROCESS_COUNT") or 1
+    return max(1, cores // int(local))
 
 
 def _groups(rows: list[dict[str, str]], column: str | None) -> list[str] | None:

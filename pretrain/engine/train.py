@@ -20,6 +20,7 @@ from pretrain.config import ConfigError, PretrainConfig, to_yaml
 from pretrain.data.loader import build_loader
 from pretrain.data.pairs import load_pairs
 from pretrain.engine.checkpoint import load_state, save_state
+from pretrain.engine.data_wait import DataWait
 from pretrain.engine.device import Device
 from pretrain.engine.parallel import load_optimizer, plain, shard
 from pretrain.engine.processes import join_processes
@@ -192,8 +193,8 @@ class Trainer:
             total=phase.steps, initial=first, unit="step", desc=phase.name, smoothing=0.05, mininterval=interval,
             disable=not self.processes.is_main,
         ) as bar:  # fmt: skip
-            started, since = time.perf_counter(), first
-            for step, batch in enumerate(loader, start=first):
+            started, since, waiting = time.perf_counter(), first, DataWait(self.device.torch_device)
+            for step, batch in enumerate(waiting.over(loader), start=first):
                 output = self._step(live, batch, step)
                 bar.update()
                 done = step + 1
@@ -203,6 +204,7 @@ class Trainer:
                     values = self.processes.mean(output)  # waits for the device
                     elapsed = time.perf_counter() - started
                     self._seconds += elapsed
+                    values["data_wait"] = waiting.share(elapsed)
                     self._log(index, done, values, live, (done - since) * phase.batch_size / elapsed, bar)
                     started, since = time.perf_counter(), done
                 every = self.config.evaluation.every
@@ -211,6 +213,8 @@ class Trainer:
                     started = time.perf_counter()
                 if saving:
                     self._save(index, done, live.optimizer)
+        if self.processes.is_main and (note := waiting.note(phase.name, loader.num_workers)):
+            tqdm.write(note)
         self._leave(index)
 
     def _step(self, live: TrainStep, batch: dict, step: int) -> dict[str, torch.Tensor]:
@@ -224,7 +228,8 @@ class Trainer:
                 f"warm-up; the last state is in {self.config.run.output}"
             )
         if self.folder:
-            bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{rate:.0f}", refresh=False)
+            shown = {"loss": f"{values['loss']:.3f}", "pairs_s": f"{rate:.0f}", "waiting": f"{values['data_wait']:.0%}"}
+            bar.set_postfix(shown, refresh=False)
             lr = live.optimizer.param_groups[0]["lr"]
             self.folder.log(
                 self._global_step(index, step), phase=name, lr=lr, pairs_per_second=rate, train_seconds=self._seconds,
