@@ -1,8 +1,8 @@
 """Build or check data sets: `python tools/prepare_data.py mini` makes the miniature (drawings, captions, LVIS files).
 
 `trees` fetches photographs of forests with boxes, to fine-tune on. `synonyms` makes the file that clip-rocket's text
-views take synonyms from. `lvis`, `coco` and `custom` check your own download and write training files without the novel
-classes.
+views take synonyms from. `shards` indexes tar shards before a training run does. `lvis`, `coco` and `custom` check your
+own download and write training files without the novel classes.
 """
 
 import argparse
@@ -60,6 +60,22 @@ def fetch_synonyms(options: argparse.Namespace) -> None:
     counts = build_synonyms(options.root)
     print(f"{options.root / SYNONYMS_FILE}: {counts['synonyms']:,} synonyms of {counts['words']:,} words")
     print(f"licence: {options.root / LICENCE_FILE}")
+
+
+def index_shards(options: argparse.Namespace) -> None:
+    """The indices of tar shards, so that no training process waits for them."""
+    from pretrain.data.shard_index import kept_index
+    from pretrain.data.shards import ShardSource, expand_shards
+
+    if options.processes is not None and options.processes < 1:
+        raise ValueError(f"--processes {options.processes} is below 1")
+    paths = expand_shards(options.pattern)
+    print(*ShardSource(paths, processes=options.processes).notes, sep="\n")
+    if lost := sum(kept_index(path) is None for path in paths):
+        raise OSError(
+            f"the indices of {lost} shards cannot be kept, neither beside them nor in the user's cache: make one of "
+            "the folders writable"
+        )
 
 
 def check_lvis(options: argparse.Namespace) -> None:
@@ -132,6 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--root", type=Path, default=Path("data/wordnet"), help="where to put it (default: %(default)s)"
     )
     synonyms.set_defaults(work=fetch_synonyms)
+    shards = sets.add_parser("shards", help="index tar shards and count their pairs, before a training run")
+    shards.add_argument("pattern", help='as data.shards: "dir/{00000..00099}.tar", a glob, several joined by "::"')
+    shards.add_argument("--processes", type=int, help="that scan (default: one a CPU core)")
+    shards.set_defaults(work=index_shards)
     add_checks(sets)
     options = parser.parse_args(arguments)
 

@@ -4,7 +4,6 @@ Because no state is kept, resuming at step k means starting the plan at step k: 
 which worker prepares it does not matter.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import ConfigError, DataConfig, PhaseConfig
+from pretrain.cores import own_cores
 from pretrain.data.folder import ImageStore, TableSource
 from pretrain.data.shards import ShardOrder, ShardSource
 from pretrain.data.tokenizer import build_tokenizer
@@ -176,14 +176,8 @@ def build_loader(
 
 
 def worker_count(workers: int | None) -> int:
-    """Processes that prepare batches: as many as given, or (None) the cores this process may use, shared equally with
-    the other training processes of the machine; at least 1."""
-    if workers is not None:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # torchrun says how many processes there are, or torch_xla.launch.
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("PJRT_LOCAL_PROCESS_COUNT") or 1
-    return max(1, cores // int(local))
+    """Processes that prepare batches: as many as given, or (None) one for each core that is this process's share."""
+    return own_cores() if workers is None else workers
 
 
 def _groups(rows: list[dict[str, str]], column: str | None) -> list[str] | None:

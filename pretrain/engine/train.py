@@ -52,7 +52,9 @@ class Trainer:
             raise ConfigError(f"{folder} already holds a run: add --resume to continue it, or set run.output elsewhere")
         self.device = Device(config.run.device, config.run.precision, config.run.parallel)
         self.processes = join_processes(config.run.parallel, self.device.kind == "cuda", self.device.spmd)
-        self.data = load_pairs(config.data, config.evaluation.splits)
+        # Hosts of one program have no place to meet before it runs.
+        together = None if self.processes.one_program else self.processes
+        self.data = load_pairs(config.data, config.evaluation.splits, together)
         self.results: dict[str, dict[str, ZeroShotResult]] = {}
         self._first_phase, self._first_step, self._state = 0, 0, state
         if state:
