@@ -70,6 +70,9 @@ class AugmentationConfig:
     cutout_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])
     rotation: float = 15.0  # degrees either way, cut-outs only
     crop_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # area kept, photographs only
+    # Pixels: photographs are resized so that their short side is this, then a random square of the phase's image size
+    # is cut out (torchvision's Resize and RandomCrop). 0: a crop of crop_scale of the area, its aspect 3/4 to 4/3.
+    crop_short_side: int = 0
     colour: float = 0.4  # strength of brightness, contrast and saturation changes
     grey_probability: float = 0.1
     photo_background_probability: float = 0.5  # else a random plain colour; needs data.backgrounds
@@ -90,7 +93,8 @@ class DataConfig:
     unique_by: str | None = None  # a column whose value no two pairs of a batch share (no false negatives)
     backgrounds: str | None = None  # a folder of photographs behind cut-outs
     preload: bool = False  # decode everything once into memory
-    workers: int = 2  # processes that prepare batches; 0: in the training process
+    # Processes that prepare batches; 0: in the training process; null: as many as the process's share of the CPU cores.
+    workers: int | None = 2
     caption: CaptionConfig = field(default_factory=CaptionConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
@@ -306,6 +310,12 @@ def validate(config: PretrainConfig) -> None:
         for name in ("warmup_steps", "lr", "initial_lr", "final_lr"):
             if getattr(phase, name) < 0:
                 raise ConfigError(f"{where}.{name} is {getattr(phase, name)}: it must not be negative")
+        short_side = (phase.augmentation or config.data.augmentation).crop_short_side
+        if short_side != 0 and short_side < phase.image_size:
+            raise ConfigError(
+                f"{'data' if phase.augmentation is None else where}.augmentation.crop_short_side is {short_side}: it "
+                f"must be 0, or at least {where}.image_size {phase.image_size}"
+            )
         _one_of(f"{where}.schedule", phase.schedule, ("linear", "cosine"))
         _one_of(f"{where}.token_dropping", phase.token_dropping, ("none", "random", "block", "grid"))
         if (phase.token_dropping != "none") != (phase.keep_tokens > 0):
@@ -316,6 +326,8 @@ def validate(config: PretrainConfig) -> None:
     for name in ("log_every", "checkpoint_every"):
         if getattr(config.run, name) < 1:
             raise ConfigError(f"run.{name} is {getattr(config.run, name)}: it must be at least 1 step")
+    if (config.data.workers or 0) < 0:
+        raise ConfigError(f"data.workers is {config.data.workers}: it must be at least 0, or null for the CPU cores")
     if not config.data.caption.templates or not config.evaluation.templates:
         raise ConfigError('data.caption.templates and evaluation.templates need at least one template; ["{}"] is plain')
     _one_of("model.image.pool", config.model.image.pool, ("", "avg"))

@@ -10,6 +10,7 @@ class. ImageNet's: sub-folders named by WordNet id (-V2: or by number). retrieva
 hits: flat hit@K on a table whose images may have several labels, and classes several names. noise: how probable the
 model finds pairs of random batches of a table, and pairs that are none.
 Images are resized or cropped as the checkpoint's own preprocessing says.
+--space h judges clip-rocket's projectors, ensemble the mean similarity of both spaces, at the run's ensemble_weight.
 """
 
 import sys

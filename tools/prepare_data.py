@@ -1,7 +1,9 @@
 """Build or check data sets: `python tools/prepare_data.py mini` makes the miniature (drawings, captions, LVIS files).
 
-`trees` fetches photographs of forests with boxes, to fine-tune on. `lvis`, `coco` and `custom` check your own download
-and write training files without the novel classes. `regions` embeds regions of training pictures, for distillation.
+`trees` fetches photographs of forests with boxes, to fine-tune on. `synonyms` makes the file that clip-rocket's text
+views take synonyms from. `shards` indexes tar shards before a training run does. `lvis`, `coco` and `custom` check your
+own download and write training files without the novel classes. `regions` embeds regions of training pictures, for
+distillation.
 """
 
 import argparse
@@ -14,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ovd.commands import region_files  # noqa: E402
 from pretrain.commands.outcome import exit_status  # noqa: E402
+from pretrain.commands.prepare_data import add_pretraining_sets  # noqa: E402
 
 
 def build_mini(options: argparse.Namespace) -> None:
@@ -118,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     trees.add_argument("--root", type=Path, default=Path("data/trees"), help="where to put it (default: %(default)s)")
     trees.set_defaults(work=fetch_trees)
+    add_pretraining_sets(sets)
     add_checks(sets)
     regions = sets.add_parser("regions", help="embed regions of training pictures, for distillation (docs/data.md)")
     region_files.add_arguments(regions)

@@ -10,6 +10,7 @@ class. ImageNet's: sub-folders named by WordNet id (-V2: or by number). retrieva
 hits: flat hit@K on a table whose images may have several labels, and classes several names. noise: how probable the
 model finds pairs of random batches of a table, and pairs that are none.
 Images are resized or cropped as the checkpoint's own preprocessing says.
+--space h judges clip-rocket's projectors, ensemble the mean similarity of both spaces, at the run's ensemble_weight.
 """
 
 import argparse
@@ -23,6 +24,7 @@ TASKS = (
     "table", "folder", "imagenet", "imagenet-a", "imagenet-r", "imagenet-v2", "imagenet-sketch", "retrieval",
     "hits", "noise",
 )  # fmt: skip
+SPACES = ("z", "h", "ensemble")
 LEAST = {"batch_size": 1, "workers": 0, "image_size": 1, "captions_per_image": 0, "pairs": 2, "batches": 0}
 
 
@@ -31,13 +33,14 @@ def evaluate(options: argparse.Namespace) -> dict:
     from pretrain.engine.device import Device
     from pretrain.evaluation.tasks import TaskOptions, build_encoder, run_task
     from pretrain.modeling.checkpoint import load_checkpoint
+    from pretrain.modeling.head_file import in_space
 
     for name, least in LEAST.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value} is below {least}")
     device = Device(options.device or "auto", options.precision)
-    checkpoint = load_checkpoint(options.checkpoint)
+    checkpoint = in_space(load_checkpoint(options.checkpoint), options.checkpoint, options.space)
     encoder = build_encoder(
         checkpoint, device.torch_device, options.image_size, options.batch_size, options.workers,
         progress=not options.quiet, autocast=device.autocast,
@@ -50,7 +53,9 @@ def evaluate(options: argparse.Namespace) -> dict:
             options.batches,
         ),
     )  # fmt: skip
-    about = {"checkpoint": str(options.checkpoint), "weights_sha256": checkpoint.fingerprint}
+    about = {
+        "checkpoint": str(options.checkpoint), "weights_sha256": checkpoint.fingerprint, "space": options.space
+    }  # fmt: skip
     return {**about, "device": device.describe(), **result, "broken_examples": encoder.broken[:5]}
 
 
@@ -58,6 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a folder in open_clip's format")
+    space = "h, ensemble: for a checkpoint with heads, as clip_rocket's (default: %(default)s, the towers' own)"
+    parser.add_argument("--space", choices=SPACES, default="z", help=space)
     parser.add_argument("--task", choices=TASKS, default="table", help="(default: %(default)s)")
     parser.add_argument("--data", "--root", type=Path, help="the images' folder (table: default is the table's folder)")
     parser.add_argument("--table", type=Path, default=Path("data/mini/pairs.csv"), help="(default: %(default)s)")

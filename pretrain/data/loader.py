@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import ConfigError, DataConfig, PhaseConfig
+from pretrain.cores import own_cores
 from pretrain.data.folder import ImageStore, TableSource
 from pretrain.data.shards import ShardOrder, ShardSource
 from pretrain.data.tokenizer import build_tokenizer
@@ -161,15 +162,22 @@ def build_loader(
         groups = _groups(rows, config.unique_by)
         plan = BatchPlan(len(rows), phase.batch_size, seed, first_step, phase.steps, groups, rank, world)
         source = TableSource(rows, store)
+    workers = worker_count(config.workers)
     return DataLoader(
         TrainingPairs(source, views, seed),
         batch_sampler=plan,
-        num_workers=config.workers,
+        num_workers=workers,
         collate_fn=_Collate(phase.context_length),
-        # Forked workers share the preloaded images; a prefetch of a few batches hides the uneven cost of samples.
-        prefetch_factor=4 if config.workers else None,
+        # Forked workers share the preloaded images; a prefetch of a few batches hides the uneven cost of samples. Two
+        # of each do for many workers: at 224 px, batches wait in memory by the hundred megabytes.
+        prefetch_factor=min(4, max(2, 8 // workers)) if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def worker_count(workers: int | None) -> int:
+    """Processes that prepare batches: as many as given, or (None) one for each core that is this process's share."""
+    return own_cores() if workers is None else workers
 
 
 def _groups(rows: list[dict[str, str]], column: str | None) -> list[str] | None:

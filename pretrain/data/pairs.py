@@ -10,6 +10,7 @@ from PIL import Image
 
 from pretrain.config import ConfigError, DataConfig
 from pretrain.data.folder import ImageStore, read_backgrounds, read_table, read_words, select_split, withhold_words
+from pretrain.data.shard_index import Together
 from pretrain.data.shards import ShardSource
 
 
@@ -53,9 +54,14 @@ class Pairs:
         return lines
 
 
-def load_pairs(config: DataConfig, evaluation_splits: Sequence[str]) -> Pairs:
+def load_pairs(config: DataConfig, evaluation_splits: Sequence[str], together: Together | None = None) -> Pairs:
     """Read the table and the shards' indices; leave out withheld words, empty captions and (with `preload`) images that
     cannot be decoded: counted, named, reported.
+
+    Args:
+        config: what to read.
+        evaluation_splits: of the table.
+        together: training processes that index shards together and all call this; None: this one is alone.
 
     Raises:
         ConfigError: if nothing is left to train on.
@@ -64,7 +70,7 @@ def load_pairs(config: DataConfig, evaluation_splits: Sequence[str]) -> Pairs:
     table = read_table(config.table) if needs_table else []
     store = ImageStore(Path(config.root) if config.root else Path(config.table).parent, config.preload)
     if config.shards:
-        training = ShardSource.from_config(config)
+        training = ShardSource.from_config(config, together)
         notes = training.notes
     else:
         training, notes = _training_rows(config, table, store)

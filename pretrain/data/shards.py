@@ -1,131 +1,30 @@
 """Image-text pairs from tar shards in img2dataset's layout (KEY.jpg, KEY.txt, KEY.json), read at random.
 
-An index of every shard, made once from its headers, says where each member's bytes are, so any pair is a read of a few
-byte ranges and the order is a function of (seed, epoch, step): a run resumes at any step at once, and neither workers
-nor processes keep state. Shards are files; mount remote storage.
+An index of every shard (`shard_index`) says where each member's bytes are, so any pair is a read of a few byte ranges
+and the order is a function of (seed, epoch, step): a run resumes at any step at once, and neither workers nor processes
+keep state. Shards are files; mount remote storage.
 """
 
 import glob
 import hashlib
 import os
 import re
-import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from pretrain.atomic import replacing
 from pretrain.config import ConfigError, DataConfig
 from pretrain.data.folder import LeftOut, WordFilter, read_words
 from pretrain.data.jpeg import JpegPicture, open_picture
+from pretrain.data.shard_index import BLOCK, Together, count_shards, load_index
 from pretrain.parsing import parse_json
 
-_IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-_INDEX_VERSION = 1
-_BLOCK = 512  # bytes of a tar header, and what members are padded to
 _OPEN_SHARDS = 64  # per process: a descriptor and an index (48 bytes a pair) each
 _MAX_IMAGE, _MAX_TEXT = 2**29, 2**24  # bytes of a member: more is no photograph, and no caption
 _MAX_SHARDS = 1_000_000  # in a brace range
-_SCANNING_THREADS = 8  # scanning waits for the disk most of the time
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where the members of a shard's pairs are.
-
-    Attributes:
-        members: (N, 6) int64: offset and size in bytes of the image, KEY.txt and KEY.json; size -1 for an absent one.
-        incomplete: keys without an image, or with neither text nor JSON.
-        cut: the file ends before the archive does, or is no tar file; pairs past the end are in no count.
-    """
-
-    members: np.ndarray
-    incomplete: int
-    cut: bool
-
-
-def scan_shard(path: Path) -> ShardIndex:
-    """Read a shard's headers; its pairs in the order of their first members."""
-    size = path.stat().st_size
-    keys: dict[str, list[int]] = {}
-    with path.open("rb") as file:
-        end = 0
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (member := archive.next()) is not None:
-                    if member.size < 0:  # would lead back to what was read, over and over
-                        raise tarfile.TarError("negative size")
-                    end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                    if member.isfile() and member.offset_data + member.size <= size:
-                        _add_member(keys, member)
-                    elif member.isfile():
-                        keys.setdefault(_split_name(member.name)[0], [0, -1] * 3)
-                    archive.members = []  # or it keeps them all
-        except Exception:  # cut within a member, no archive, or headers that lead the parser astray; told below
-            pass
-        file.seek(min(end, size))
-        # An archive ends with zeros; where something else or nothing follows the last member, the rest is missing.
-        cut = file.read(_BLOCK) != bytes(_BLOCK)
-    complete = [row for row in keys.values() if row[1] > 0 and max(row[3], row[5]) >= 0]
-    members = np.array(complete, np.int64).reshape(-1, 6)
-    return ShardIndex(members, len(keys) - len(complete), cut)
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Key and ending, as WebDataset splits them: at the first dot of the base name."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, ending = base.partition(".")
-    return folder + slash + stem, ending.lower()
-
-
-def _add_member(keys: dict[str, list[int]], member: tarfile.TarInfo) -> None:
-    key, ending = _split_name(member.name)
-    kinds = {"txt": 2, "json": 4} | dict.fromkeys(_IMAGE_ENDINGS, 0)
-    if not key.rpartition("/")[2]:
-        return  # a hidden file
-    row = keys.setdefault(key, [0, -1] * 3)
-    if ending in kinds:
-        row[kinds[ending] : kinds[ending] + 2] = member.offset_data, member.size
-
-
-def _cache_places(path: Path) -> list[Path]:
-    """Where a shard's index may be: beside it, or in the user's cache where that folder is read-only."""
-    name = f".{path.name}.index.npz"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reclip-ovd" / "shards"
-    return [path.with_name(name), cache / (hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24] + ".npz")]
-
-
-def load_index(path: Path) -> ShardIndex:
-    """The index of a shard: the kept one if the file's size and time are still those, else a new one, kept if possible.
-
-    Raises:
-        OSError: if the shard cannot be read.
-    """
-    status = path.stat()
-    stamp = np.array([_INDEX_VERSION, status.st_size, status.st_mtime_ns])
-    places = _cache_places(path)
-    for place in places:
-        try:
-            with np.load(place, allow_pickle=False) as kept:
-                if np.array_equal(kept["stamp"], stamp):
-                    return ShardIndex(kept["members"], int(kept["incomplete"]), bool(kept["cut"]))
-        except (OSError, ValueError, KeyError, EOFError):  # absent, or not ours
-            continue
-    index = scan_shard(path)
-    for place in places:
-        try:
-            with replacing(place) as temporary, temporary.open("wb") as file:
-                np.savez(file, stamp=stamp, members=index.members, incomplete=index.incomplete, cut=index.cut)
-            break
-        except OSError:  # read-only or full: the next place, or none
-            continue
-    return index
 
 
 def expand_shards(pattern: str) -> list[Path]:
@@ -157,42 +56,42 @@ class ShardSource:
         paths: shards.
         caption_keys: where captions are: "txt" is KEY.txt, anything else a field (text or list of texts) of KEY.json.
         withhold: pairs whose captions have one of these words are not used.
+        together: training processes that index the shards together; all of them must make a source. None: one alone.
+        processes: that scan shards without an index; None: this process's share of the cores.
 
     Raises:
         ConfigError: if there is no pair at all.
+        OSError: if a shard cannot be read.
     """
 
-    def __init__(self, paths: Sequence[Path], caption_keys: Sequence[str] = ("txt",), withhold: Iterable[str] = ()):
+    def __init__(
+        self, paths: Sequence[Path], caption_keys: Sequence[str] = ("txt",), withhold: Iterable[str] = (),
+        together: Together | None = None, processes: int | None = None,
+    ):  # fmt: skip
         self._paths, self._caption_keys = list(paths), list(caption_keys)
         if not self._caption_keys:
             raise ConfigError('data.caption_keys is empty: ["txt"] reads KEY.txt, other names are fields of KEY.json')
         self._withheld = WordFilter(withhold)
         self._left_out = LeftOut(["broken", "without caption", "withheld"])
         self._opened: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
-        sizes, incomplete, cut = [], 0, []
-        with ThreadPoolExecutor(_SCANNING_THREADS) as pool:
-            indices = pool.map(load_index, self._paths)
-            shown = tqdm(zip(self._paths, indices, strict=True), "shards", len(self._paths), delay=2.0, leave=False)
-            for path, index in shown:
-                sizes.append(len(index.members))
-                incomplete += index.incomplete
-                cut += [path] * index.cut
-        self.sizes = np.array(sizes, np.int64)
+        counts = count_shards(self._paths, together, processes)
+        self.sizes = np.array([shard.pairs for shard in counts], np.int64)
         self._ends = np.cumsum(self.sizes)
-        self.notes = self._describe(incomplete, cut)
+        cut = [path for path, shard in zip(self._paths, counts, strict=True) if shard.cut]
+        self.notes = self._describe(sum(shard.incomplete for shard in counts), cut)
         if not len(self):
             raise ConfigError("data.shards: " + "; ".join(self.notes))
         self.remedy = "check data.shards and data.caption_keys"
 
     @classmethod
-    def from_config(cls, config: DataConfig) -> "ShardSource":
+    def from_config(cls, config: DataConfig, together: Together | None = None) -> "ShardSource":
         """The shards of `data.shards`, without the pairs of `data.withhold`.
 
         Raises:
             ConfigError: for a pattern without files, a missing word list, or shards without pairs.
         """
         words = read_words(config.withhold) if config.withhold else []
-        return cls(expand_shards(config.shards), config.caption_keys, words)
+        return cls(expand_shards(config.shards), config.caption_keys, words, together)
 
     def _describe(self, incomplete: int, cut: list[Path]) -> list[str]:
         notes = [f"{self.sizes.sum()} pairs in {len(self._paths)} shards"]
@@ -280,7 +179,7 @@ class ShardSource:
 
     def _name(self, shard: int, file: int, image_at: int) -> str:
         """Shard and member name, for a message: the name is the start of the header before the image."""
-        name = os.pread(file, 100, image_at - _BLOCK).split(b"\0")[0].decode(errors="replace")
+        name = os.pread(file, 100, image_at - BLOCK).split(b"\0")[0].decode(errors="replace")
         return f"{self._paths[shard]}/{name}"
 
     def count_left_out(self, index: int, error: OSError) -> None:

@@ -42,7 +42,8 @@ class TextViewOptions:
     eda_share: float = 0.1  # words that the EDA operation touches, at least one; deletion: each word's chance
     clean: bool = False  # first repair encoding and HTML entities, and make lower case
     captions: str = "multi"  # multi: each view draws one of the row's captions; single: all views have the same one
-    synonyms: str | None = None  # a file of lines word<TAB>synonym|synonym; None: none are known
+    # A file of lines word<TAB>synonym|synonym (`tools/prepare_data.py synonyms` makes WordNet's); None: none are known.
+    synonyms: str | None = None
     keywords_as_synonyms: bool = False  # the row's keywords stand in where no word has a synonym (see `TextView`)
 
 
@@ -63,7 +64,10 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
     """
     path, found = Path(path), {}
     if not path.is_file():
-        raise ConfigError(f"no synonym file at {path}: give one of lines word<TAB>synonym|synonym, or none")
+        raise ConfigError(
+            f"no synonym file at {path}, which text.synonyms names: run `python tools/prepare_data.py synonyms`, or "
+            "set text.synonyms=null for none"
+        )
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue

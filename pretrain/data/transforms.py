@@ -61,7 +61,9 @@ class TrainingView:
             placed = self._place(image, rng)
         else:
             photo = image if image.mode == "RGB" else image.convert("RGB")
-            placed = self._crop(photo, self.config.crop_scale, rng)
+            short_side = self.config.crop_short_side
+            cut = self._cut(photo, short_side, rng) if short_side else self._crop(photo, self.config.crop_scale, rng)
+            placed = self._flip(cut, rng)
         return to_tensor(self._colour(placed, rng))
 
     def _place(self, cutout: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -90,7 +92,7 @@ class TrainingView:
     def _background(self, rng: np.random.Generator) -> Image.Image:
         if self.backgrounds and rng.random() < self.config.photo_background_probability:
             photo = self.backgrounds[rng.integers(len(self.backgrounds))]
-            return self._crop(photo, (0.05, 0.6), rng)
+            return self._flip(self._crop(photo, (0.05, 0.6), rng), rng)
         return Image.new("RGB", (self.size, self.size), tuple(int(c) for c in rng.integers(0, 256, 3)))
 
     def _crop(self, photo: Image.Image | JpegPicture, area: Sequence[float], rng: np.random.Generator) -> Image.Image:
@@ -101,9 +103,22 @@ class TrainingView:
         height = min(photo.height, max(1, round(math.sqrt(pixels / aspect))))
         left, top = rng.integers(photo.width - width + 1), rng.integers(photo.height - height + 1)
         box = (int(left), int(top), int(left) + width, int(top) + height)
-        crop = photo.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+        return photo.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+
+    def _cut(self, photo: Image.Image | JpegPicture, short_side: int, rng: np.random.Generator) -> Image.Image:
+        """A random square of `size` pixels of the photograph resized so that its short side is `short_side`, as
+        torchvision's Resize (bicubic) and RandomCrop; only the square's part of the photograph is resized."""
+        shortest = min(photo.width, photo.height)
+        width, height = (int(short_side * side / shortest) for side in (photo.width, photo.height))
+        top, left = (int(rng.integers(side - self.size + 1)) for side in (height, width))
+        x, y = photo.width / width, photo.height / height  # pixels of the photograph for one of the resized one
+        right, bottom = min(photo.width, (left + self.size) * x), min(photo.height, (top + self.size) * y)
+        box = (left * x, top * y, right, bottom)
+        return photo.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+
+    def _flip(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         flip = self.config.flip and rng.random() < 0.5
-        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
     def _colour(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         strength = self.config.colour

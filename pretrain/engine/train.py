@@ -21,6 +21,7 @@ from pretrain.config import ConfigError, PretrainConfig, to_yaml
 from pretrain.data.loader import build_loader
 from pretrain.data.pairs import load_pairs
 from pretrain.engine.checkpoint import first_not_finite, save_state
+from pretrain.engine.data_wait import DataWait
 from pretrain.engine.device import Device
 from pretrain.engine.parallel import load_optimizer, plain, shard
 from pretrain.engine.phases import carry_over, rehearse_phase
@@ -32,6 +33,7 @@ from pretrain.engine.summary import gather_reports, report_to_all, summary
 from pretrain.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
 from pretrain.modeling.checkpoint import initial_model, save_checkpoint
 from pretrain.modeling.clip import build_model, set_context_length, set_image_size
+from pretrain.modeling.head_file import save_heads
 from pretrain.objectives import Objective, build_objective
 
 
@@ -52,7 +54,9 @@ class Trainer:
         self.device = Device(config.run.device, config.run.precision, config.run.parallel)
         self.processes = join_processes(config.run.parallel, self.device.kind == "cuda", self.device.spmd)
         state = starting_state(folder, resume, self.processes, self.device)
-        self.data = load_pairs(config.data, config.evaluation.splits)
+        # Hosts of one program have no place to meet before it runs.
+        together = None if self.processes.one_program else self.processes
+        self.data = load_pairs(config.data, config.evaluation.splits, together)
         self.results: dict[str, dict[str, ZeroShotResult]] = {}
         self._first_phase, self._first_step, self._state = 0, 0, state
         changed = []
@@ -158,6 +162,7 @@ class Trainer:
         folder = Path(self.config.run.output) / "checkpoint"
         if self.processes.is_main:
             save_checkpoint(folder, self.model, self.config.model)
+            save_heads(folder, self.objective.heads())
             text = summary(self.data.notes, self._left_out, self.results, self._seconds, self.device.describe(), folder)
             self.folder.write_summary(text)
             self.folder.close()
@@ -211,8 +216,8 @@ class Trainer:
             total=phase.steps, initial=first, unit="step", desc=phase.name, smoothing=0.05, mininterval=interval,
             disable=not self.processes.is_main,
         ) as bar:  # fmt: skip
-            started, since = time.perf_counter(), first
-            for step, batch in enumerate(loader, start=first):
+            started, since, waiting = time.perf_counter(), first, DataWait(self.device.torch_device)
+            for step, batch in enumerate(waiting.over(loader), start=first):
                 output = self._step(live, batch, step)
                 bar.update()
                 done = step + 1
@@ -222,6 +227,7 @@ class Trainer:
                     values = self.processes.mean(output)  # waits for the device
                     elapsed = time.perf_counter() - started
                     self._seconds += elapsed
+                    values["data_wait"] = waiting.share(elapsed)
                     self._log(index, done, values, live, (done - since) * phase.batch_size / elapsed, bar)
                     started, since = time.perf_counter(), done
                 # Before an evaluation, which weights that are not finite would only confuse.
@@ -234,6 +240,8 @@ class Trainer:
                     self._save(state)
                 if evaluating or saving:
                     started = time.perf_counter()
+        if self.processes.is_main and (note := waiting.note(phase.name, loader.num_workers)):
+            tqdm.write(note)
         self._leave(index)
 
     def _step(self, live: TrainStep, batch: dict, step: int) -> dict[str, torch.Tensor]:
@@ -246,7 +254,8 @@ class Trainer:
                 f"the loss became {values['loss']} at step {step} of phase {name}: {self._remedy()}"
             )
         if self.folder:
-            bar.set_postfix(loss=f"{values['loss']:.3f}", pairs_s=f"{rate:.0f}", refresh=False)
+            shown = {"loss": f"{values['loss']:.3f}", "pairs_s": f"{rate:.0f}", "waiting": f"{values['data_wait']:.0%}"}
+            bar.set_postfix(shown, refresh=False)
             lr = live.optimizer.param_groups[0]["lr"]
             self.folder.log(
                 self._global_step(index, step), phase=name, lr=lr, pairs_per_second=rate, train_seconds=self._seconds,

@@ -107,6 +107,7 @@ def run_task(encoder: Encoder, options: TaskOptions) -> dict:
 def describe(result: Mapping) -> str:
     """The result as a few lines of text."""
     where = f"split {result['split']}" if "split" in result else f"{result['task']}, {result['data']}"
+    where += "" if (space := result.get("space", "z")) == "z" else f" in the space {space}"
     broken = f", {result['broken']} could not be read and are left out" if result["broken"] else ""
     if "mean_r1" in result:
         head = f"{result['images']} images with {result['captions']} captions of {where}{broken}"

@@ -5,7 +5,7 @@ A folder holds `open_clip_config.json` and `open_clip_model.safetensors`; `open_
 
 open_clip builds timm's image towers at one size each (the native one), so `open_clip_model.safetensors` is always at
 that size. Towers trained last at another size have their own position table beside it, in a file that only this package
-reads: here they come back as they were, elsewhere with resampled positions.
+reads: here they come back as they were, elsewhere with resampled positions. `head_file` adds a third file.
 """
 
 import hashlib
@@ -87,10 +87,10 @@ def save_checkpoint(folder: str | Path, model: CustomTextCLIP, config: ModelConf
         prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
         grid = native // trunk.patch_embed.patch_size[0]
         state[_POSITIONS] = resample_grid(own_table.float(), grid, prefix).to(own_table.dtype)
-    _write_tensors(folder / WEIGHTS_FILE, state)
+    write_tensors(folder / WEIGHTS_FILE, state)
     if size != native:
         belongs_to = {"weights_sha256": fingerprint(folder / WEIGHTS_FILE)}
-        _write_tensors(folder / POSITIONS_FILE, {_POSITIONS: own_table}, belongs_to)
+        write_tensors(folder / POSITIONS_FILE, {_POSITIONS: own_table}, belongs_to)
     else:
         (folder / POSITIONS_FILE).unlink(missing_ok=True)
     definition = {"model_cfg": definition, "preprocess_cfg": preprocess, "trained_image_size": size}
@@ -99,7 +99,8 @@ def save_checkpoint(folder: str | Path, model: CustomTextCLIP, config: ModelConf
 
 
 def copy_checkpoint(source: str | Path, target: str | Path, half: bool = False) -> Path:
-    """Copy a checkpoint folder (ours or any in open_clip's format), all that belongs to it; each file whole or absent.
+    """Copy a checkpoint folder (ours or any in open_clip's format), all that belongs to the towers; each file whole or
+    absent.
 
     Args:
         source: the folder.
@@ -118,14 +119,14 @@ def copy_checkpoint(source: str | Path, target: str | Path, half: bool = False) 
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.glob("open_clip_*"), key=lambda file: file.name == CONFIG_FILE):  # that one last
         if half and file.suffix == ".safetensors":
-            _write_tensors(target / file.name, {name: _halved(value) for name, value in load_file(file).items()})
+            write_tensors(target / file.name, {name: _halved(value) for name, value in load_file(file).items()})
         elif file.name != CONFIG_FILE:
             with replacing(target / file.name) as temporary:
                 shutil.copyfile(file, temporary)
     (target / POSITIONS_FILE).unlink(missing_ok=True)
     if (source / POSITIONS_FILE).is_file():  # bound to the weights by their hash, which half precision changes
         table = {name: _halved(v) if half else v for name, v in load_file(source / POSITIONS_FILE).items()}
-        _write_tensors(target / POSITIONS_FILE, table, {"weights_sha256": fingerprint(target / WEIGHTS_FILE)})
+        write_tensors(target / POSITIONS_FILE, table, {"weights_sha256": fingerprint(target / WEIGHTS_FILE)})
     write_atomically(target / CONFIG_FILE, (source / CONFIG_FILE).read_text())
     return target
 
@@ -134,7 +135,8 @@ def _halved(value: torch.Tensor) -> torch.Tensor:
     return value.half() if value.is_floating_point() else value
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, complete or not at all; OSError if it cannot be written."""
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)

@@ -12,6 +12,7 @@ from torch import nn
 
 from pretrain.config import DataConfig, PhaseConfig
 from pretrain.data.views import Views, plain_views
+from pretrain.modeling.head_encoder import Heads
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Objective(nn.Module, ABC):
         """What zero-shot evaluation judges, by name; "" is the model itself. Each has open_clip's `encode_image`,
         `encode_text` and `context_length`."""
         return {"": self.model}
+
+    def heads(self) -> Heads | None:
+        """A second pair of heads that is saved beside the towers for later evaluation; None: there is none."""
+        return None
 
     @abstractmethod
     def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

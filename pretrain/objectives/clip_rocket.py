@@ -28,7 +28,7 @@ from pretrain.data.views import Views
 from pretrain.losses.augmented_pairs import augmented_pairs_loss
 from pretrain.losses.gather import gather_features
 from pretrain.modeling.clip import set_context_length, set_image_size
-from pretrain.modeling.head_encoder import HeadEncoder
+from pretrain.modeling.head_encoder import Heads
 from pretrain.modeling.projector import Projector
 from pretrain.modeling.tower_features import (
     feature_widths,
@@ -107,6 +107,7 @@ class ClipRocket(Objective):
         augmentation = phase.augmentation or data.augmentation
         images = {"image": StrengthView(phase.image_size, options.weak, augmentation, backgrounds)}
         captions = {"tokens": TextView(options.text, False, data.caption)}
+        strong_text = TextView(options.text, True, data.caption)  # one for all: it holds the synonyms
         for k in range(1, options.num_augmented + 1):
             strength = options.strong
             if options.asymmetric and k % 2:
@@ -114,17 +115,24 @@ class ClipRocket(Objective):
             elif options.asymmetric:
                 strength = replace(strength, blur_probability=0.1, solarize_probability=0.2)
             images[f"augmented_image_{k}"] = StrengthView(size, strength, augmentation, backgrounds)
-            captions[f"augmented_tokens_{k}"] = TextView(options.text, True, data.caption)
+            captions[f"augmented_tokens_{k}"] = strong_text
         return Views(images, captions)
 
     def encoders(self) -> dict[str, nn.Module]:
         """The towers; with projectors also "h" (what these see) and "ensemble" (both, at the fixed weight)."""
         found: dict[str, nn.Module] = {"": self.model}
-        if self.image_projector is not None:
-            for name, weight in (("h", 0.0), ("ensemble", self.options.ensemble_weight)):
-                found[name] = HeadEncoder(self.model, self.image_projector, self.text_projector, weight)
+        if heads := self.heads():
+            for name in ("h", "ensemble"):
+                found[name] = heads.encoder(self.model, name)
                 found[name].training = self.training  # the mode that evaluation puts back
         return found
+
+    def heads(self) -> Heads | None:
+        """The projectors; None where the augmented pairs use the towers' own last maps."""
+        if self.image_projector is None:
+            return None
+        scale = None if self.augmented_logit_scale is None else self.augmented_logit_scale.detach()
+        return Heads(self.image_projector, self.text_projector, self.options.ensemble_weight, scale)
 
     def enter_phase(self, phase: PhaseConfig) -> None:
         """Resample the image positions and set the text length, of averaged towers too."""

@@ -97,6 +97,12 @@ def test_a_value_of_the_wrong_type_names_its_field(node, where):
         ({"run": {"checkpoint_every": 0}}, "run.checkpoint_every is 0"),
         ({"run": {"log_every": 0}}, "run.log_every is 0"),
         ({"data": {"caption": {"templates": []}}}, "at least one template"),
+        ({"data": {"workers": -1}}, "data.workers is -1: it must be at least 0, or null"),
+        (
+            {"data": {"augmentation": {"crop_short_side": 48}}},
+            r"data.augmentation.crop_short_side is 48: it must be 0, or at least phases\[0\].image_size 64",
+        ),
+        ({"phases": [{"augmentation": {"crop_short_side": -1}}]}, r"phases\[0\].augmentation.crop_short_side is -1"),
     ],
 )
 def test_an_impossible_value_is_refused(node, message):

@@ -25,6 +25,8 @@ def test_the_published_settings():
     assert lr_at(0, phase) == pytest.approx(2 * 3e-3)  # the mean of two directions, not their sum
     assert math.log(1 / config.model.init_temperature) == pytest.approx(3.9, abs=1e-4)
     assert (config.optim.name, config.optim.options, config.optim.weight_decay) == ("momentum", {"momentum": 0.9}, 0)
+    augmentation = config.data.augmentation
+    assert (augmentation.crop_short_side, augmentation.flip, augmentation.colour) == (256, False, 0)
     towers = describe_towers(config.model)
     image = sum(p.numel() for p in towers.module.visual.parameters())
     assert 20e6 < image < 27e6  # a ResNet-50 has 25.6 million

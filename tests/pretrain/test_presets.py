@@ -120,3 +120,11 @@ def test_the_opening_comment_gives_a_command_and_the_planned_cost(name, describe
     hours = [float(number.replace(",", "")) * 3600 * float(rate) * 1e15 for number in (whole, pieces)]
     flops = [sum(p.training_flops + p.loss_flops for p in plan.phases), sum(p.device_flops for p in plan.phases)]
     assert hours == pytest.approx(flops, rel=0.01)
+
+
+def test_all_cores_load_for_published_settings_and_one_or_two_for_miniatures():
+    configs = {path.name: load_config(path) for path in sorted(FOLDER.glob("*.yaml"))}
+    assert {name for name, config in configs.items() if config.data.workers is None} == {
+        name for name, config in configs.items() if config.data.shards
+    }
+    assert {config.data.workers for config in configs.values() if not config.data.shards} <= {1, 2}

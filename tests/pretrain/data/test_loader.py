@@ -6,7 +6,7 @@ from PIL import Image
 
 from pretrain.config import AugmentationConfig, ConfigError, DataConfig, PhaseConfig
 from pretrain.data.folder import ImageStore, TableSource, read_table, select_split
-from pretrain.data.loader import BatchPlan, TrainingPairs, build_loader, plan_epoch
+from pretrain.data.loader import BatchPlan, TrainingPairs, build_loader, plan_epoch, worker_count
 from pretrain.data.transforms import TrainingView
 from pretrain.data.views import Views, plain_views
 
@@ -138,3 +138,34 @@ def test_several_views_of_a_pair_reach_the_batch_under_their_keys(pairs_table, w
     assert torch.equal(batch["image"], alone["image"])  # what comes first does not depend on what follows
     without_texts = next(iter(build_loader(rows, store, Views({"small": small}), config, phase, 5)))
     assert list(without_texts) == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("given", "cores", "environment", "expected"),
+    [
+        (None, 96, {}, 96),
+        (None, 96, {"LOCAL_WORLD_SIZE": "8"}, 12),  # torchrun
+        (None, 8, {"PJRT_LOCAL_PROCESS_COUNT": "4"}, 2),  # torch_xla.launch
+        (None, 2, {"LOCAL_WORLD_SIZE": "4"}, 1),
+        (3, 96, {"LOCAL_WORLD_SIZE": "8"}, 3),
+        (0, 96, {}, 0),
+    ],
+)
+def test_workers_are_those_given_or_the_processs_share_of_its_cores(given, cores, environment, expected, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "PJRT_LOCAL_PROCESS_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    assert worker_count(given) == expected
+
+
+def test_null_starts_as_many_workers_as_there_are_cores_and_changes_no_batch(pairs_table, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
+    rows = select_split(read_table(pairs_table), "train", str(pairs_table))
+    phase, config = PhaseConfig(steps=3, image_size=32, context_length=8, batch_size=10), DataConfig(workers=None)
+    views, store = plain_views(config, phase), ImageStore(pairs_table.parent)
+    loader = build_loader(rows, store, views, config, phase, seed=5)
+    assert loader.num_workers == 3
+    assert_same_batches(list(loader), list(build_loader(rows, store, views, DataConfig(workers=0), phase, seed=5)))

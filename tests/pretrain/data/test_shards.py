@@ -4,7 +4,14 @@ import io
 import json
 import os
 import pickle
+import runpy
+import sys
 import tarfile
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +19,10 @@ import torch
 from PIL import Image
 
 from pretrain.config import AugmentationConfig, ConfigError, DataConfig, PhaseConfig
-from pretrain.data import shards
+from pretrain.data import shard_index, shards
 from pretrain.data.loader import ShardPlan, build_loader
-from pretrain.data.shards import ShardOrder, ShardSource, expand_shards, load_index, scan_shard
+from pretrain.data.shard_index import load_index, scan_shard
+from pretrain.data.shards import ShardOrder, ShardSource, expand_shards
 from pretrain.data.views import plain_views
 
 
@@ -166,26 +174,98 @@ def test_shards_without_any_pair_are_refused(tmp_path):
 def test_the_index_is_kept_and_follows_the_file(folder, monkeypatch):
     path = folder / "00000.tar"
     first = load_index(path)
-    monkeypatch.setattr(shards, "scan_shard", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr(shard_index, "scan_shard", lambda path: pytest.fail("scanned again"))
     assert np.array_equal(load_index(path).members, first.members)
     monkeypatch.undo()
     write_tar(path, pair(1))
     os.utime(path, ns=(1, 1))
     assert len(load_index(path).members) == 1
     for broken in (b"", b"junk"):
-        shards._cache_places(path)[0].write_bytes(broken)
+        shard_index._cache_places(path)[0].write_bytes(broken)
         assert len(load_index(path).members) == 1
 
 
 def test_the_index_goes_to_the_cache_where_the_folder_is_read_only(folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    place = shards._cache_places(folder / "00000.tar")[0]
+    place = shard_index._cache_places(folder / "00000.tar")[0]
     place.mkdir()  # nothing can be written there, whoever runs the test
     load_index(folder / "00000.tar")
     assert len(list(cache.rglob("*.npz"))) == 1
-    monkeypatch.setattr(shards, "scan_shard", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr(shard_index, "scan_shard", lambda path: pytest.fail("scanned again"))
     load_index(folder / "00000.tar")
+
+
+@pytest.fixture
+def scanned(tmp_path, monkeypatch):
+    """A function that returns the names of the shards that were scanned, in this and in started processes."""
+    log, original = tmp_path / "scanned.txt", shard_index.scan_shard
+
+    def scan(path):
+        with log.open("a") as file:
+            file.write(f"{path.name} {os.getpid()}\n")
+        return original(path)
+
+    monkeypatch.setattr(shard_index, "scan_shard", scan)
+    return lambda: [tuple(line.split()) for line in (log.read_text() if log.exists() else "").splitlines()]
+
+
+def test_processes_scan_what_has_no_index_once(folder, pattern, scanned):
+    load_index(folder / "00001.tar")
+    paths = expand_shards(pattern)
+    counts = shard_index.count_shards(paths, processes=2)
+    assert [c.pairs for c in counts] == [len(scan_shard(path).members) for path in paths] == [3, 5, 4, 6]
+    names, processes = zip(*scanned()[:4], strict=True)
+    assert sorted(names) == [f"{n:05d}.tar" for n in range(4)]  # the first by load_index, above
+    assert names[0] == "00001.tar" and str(os.getpid()) not in processes[1:]
+    before = len(scanned())
+    assert shard_index.count_shards(paths, processes=2) == counts and len(scanned()) == before
+
+
+def test_machines_that_see_no_index_of_each_other_scan_every_shard_once_each(folder, tmp_path, monkeypatch):
+    """Two machines of two processes, played by threads: nothing can be kept beside the shards."""
+    barrier, me, log = threading.Barrier(4), threading.local(), []
+    original = shard_index.scan_shard
+
+    class Played:
+        world = 4
+
+        def __init__(self, rank):
+            self.rank, self.wait = rank, barrier.wait
+
+    def work(rank):
+        me.machine, me.place = rank // 2, (rank % 2, 2)
+        return shard_index.count_shards(paths, Played(rank), processes=1)
+
+    def scan(path):
+        log.append((me.machine, path.name))
+        return original(path)
+
+    monkeypatch.setattr(shard_index, "local_place", lambda: me.place)
+    monkeypatch.setattr(shard_index, "scan_shard", scan)
+    monkeypatch.setattr(shard_index, "_cache_places", lambda path: [tmp_path / f"cache{me.machine}" / path.name])
+    # Reading kept indices is for other threads, which would not know whose they are.
+    monkeypatch.setattr(shard_index, "ThreadPoolExecutor", lambda count: nullcontext(types.SimpleNamespace(map=map)))
+    paths = expand_shards(f"{folder}/*.tar")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(4)))
+    assert all([counts.pairs for counts in one] == [3, 5, 4, 6] for one in found)
+    # A machine's shards of the first meeting are kept; its others are shared by its processes at the second.
+    assert sorted(log) == [(machine, path.name) for machine in (0, 1) for path in paths]
+
+
+def test_the_command_indexes_and_counts_and_says_where_nothing_can_be_kept(folder, pattern, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the tool changes its first entry
+    main = runpy.run_path(str(Path(__file__).resolve().parents[3] / "tools/prepare_data.py"))["main"]
+    (folder / "00003.tar").write_bytes((folder / "00003.tar").read_bytes()[:4000])
+    assert main(["shards", pattern, "--processes", "2"]) == 0
+    assert {path.name for path in folder.glob(".*.npz")} == {f".{n:05d}.tar.index.npz" for n in range(4)}
+    printed = capsys.readouterr().out
+    assert "13 pairs in 4 shards" in printed and "1 shards are cut off" in printed
+    monkeypatch.setattr(shard_index, "_cache_places", lambda path: [])
+    assert main(["shards", pattern, "--processes", "1"]) == 1
+    assert "error: the indices of 4 shards cannot be kept" in capsys.readouterr().err
+    assert main(["shards", f"{folder}/none*.tar"]) == 1 and main(["shards", pattern, "--processes", "0"]) == 1
 
 
 def test_patterns_name_files_or_say_which_is_missing(folder):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms as tv
 import torchvision.transforms.functional as tvf
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
@@ -143,3 +144,63 @@ def test_a_phase_can_augment_in_its_own_way():
     assert torch.equal(own, TrainingView(30, STILL)(cutout, rng(0)))
     runs = plain_views(data, PhaseConfig(image_size=30)).images["image"](cutout, rng(0))
     assert torch.equal(runs, TrainingView(30, data.augmentation)(cutout, rng(0))) and not torch.equal(runs, own)
+
+
+class Offsets:
+    """A generator whose integers are given: the k-th is the k-th share of its range."""
+
+    def __init__(self, *shares):
+        self.shares, self.ranges = list(shares), []
+
+    def integers(self, count):
+        self.ranges.append(count)
+        return int(self.shares[len(self.ranges) - 1] * (count - 1))
+
+
+def photograph(width, height):
+    """Smooth, so that a shift shows and rounding does not."""
+    y, x = np.mgrid[:height, :width]
+    channels = [128 + 100 * np.sin(x / 37), 128 + 100 * np.cos(y / 23), 128 + 100 * np.sin((x + 2 * y) / 51)]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("shares", [(0, 0), (1, 1), (0, 1), (0.4, 0.7)])
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (256, 256), (300, 1200), (200, 100)])
+def test_a_cut_is_torchvisions_resize_and_crop_at_the_same_offsets(size, shares):
+    config = AugmentationConfig(**{**vars(STILL), "crop_short_side": 256})
+    photo, offsets = photograph(*size), Offsets(*shares)
+    cut = TrainingView(224, config)._cut(photo, 256, offsets)
+    resized = tv.Resize(256, tvf.InterpolationMode.BICUBIC)(photo)
+    # Offsets that RandomCrop can draw, no more and no less: 0 to the resized side minus 224.
+    assert offsets.ranges == [resized.height - 224 + 1, resized.width - 224 + 1]
+    top, left = (int(share * (count - 1)) for share, count in zip(shares, offsets.ranges, strict=True))
+    expected = np.asarray(tvf.crop(resized, top, left, 224, 224)).astype(int)
+    assert np.abs(np.asarray(cut) - expected).max() <= 1
+
+
+def test_a_cut_has_the_aspect_and_area_of_torchvisions(monkeypatch):
+    """On 640 x 480 pictures, by the regions that are read: aspect 1, 0.574 of the area; crops are not."""
+    boxes, photo = [], photograph(640, 480)
+    original = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *a, box=None, **o: (boxes.append(box), original(self, *a, box=box, **o))[1]
+    )
+    for short_side in (256, 0):
+        view = TrainingView(224, AugmentationConfig(flip=False, crop_scale=[0.766, 0.766], crop_short_side=short_side))
+        for seed in range(20):
+            view(photo, np.random.default_rng(seed))
+    sides = np.array([(right - left, bottom - top) for left, top, right, bottom in boxes])
+    aspect, area = sides[:, 0] / sides[:, 1], sides.prod(axis=1) / (640 * 480)
+    resized = tv.Resize(256)(photo)
+    assert area[:20] == pytest.approx(224 * 224 / (resized.width * resized.height), rel=1e-6)
+    assert area[:20] == pytest.approx(0.574, abs=1e-3) and aspect[:20] == pytest.approx(1, abs=2e-3)
+    assert aspect[20:].min() < 0.95 and aspect[20:].max() > 1.2
+
+
+def test_a_cut_moves_over_all_of_the_picture_with_the_seed():
+    view = TrainingView(224, AugmentationConfig(**{**vars(STILL), "crop_short_side": 256}))
+    y, x = np.mgrid[:256, :256]
+    photo = Image.fromarray(np.stack([x, y, x], axis=-1).astype(np.uint8))  # a pixel's colour is its place
+    found = [view(photo, np.random.default_rng(seed))[:2, 0, 0].tolist() for seed in range(400)]
+    lefts, tops = zip(*found, strict=True)
+    assert set(lefts) == set(tops) == set(range(256 - 224 + 1))

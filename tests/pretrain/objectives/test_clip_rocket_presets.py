@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import load_config, options_from_dict
+from pretrain.data.wordnet import SYNONYMS_FILE
 from pretrain.engine.schedule import lr_at
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.clip_rocket import ClipRocketOptions, check_options
@@ -47,6 +48,7 @@ def test_what_all_published_rows_share(name):
     assert (config.model.embed_dim, config.model.text.width, config.model.text.heads) == (256, 512, 8)
     assert (options.num_augmented, options.smoothing, options.projector_hidden) == (2, 0.1, 4096)
     assert (options.text.stop_word_probability, options.strong.crop_scale) == (0.8, [0.08, 1.0])
+    assert options.text.synonyms == str(Path("data/wordnet") / SYNONYMS_FILE)  # where prepare_data.py writes it
     assert options.augmented_temperature == 0.1 and config.model.init_temperature == 0.07
     assert config.run.output == f"runs/clip_rocket_{name}"
     assert lr_at(phase.warmup_steps - 1, phase) == pytest.approx(phase.lr)
