@@ -4,6 +4,7 @@ A part of the runs gives a part of the page, which then says what is missing. Pl
 trains or measures.
 """
 
+import math
 import os
 import statistics
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def cell(own: dict[int, list], others: dict[int, list] | None = None) -> Cell | 
     values = np.array([own[seed] for seed in seeds], float)
     if others is not None:
         values -= np.array([others[seed] for seed in seeds], float)
-    return Cell(interval(values.mean(axis=0)), values[:, 0].tolist())
+    least = 0.0 if others is None else -math.inf
+    return Cell(interval(values.mean(axis=0), least=least), values[:, 0].tolist())
 
 
 def baseline_of(config: StudyConfig) -> VariantSpec:

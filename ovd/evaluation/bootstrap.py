@@ -1,9 +1,14 @@
-"""Confidence intervals of average precision and recall over resampled pictures (Efron 1979, percentile method).
+"""Confidence intervals of average precision and recall over resampled pictures (Efron 1979; centred percentiles).
+
+On resampled pictures average precision is higher than on the pictures themselves: a rare class's hard picture is often
+not drawn, and an easy one counts twice. On the miniature's 400 scenes 7.7 % became 8.6 % on average, and the plain
+percentiles left the value itself out. So resampling is asked for the spread alone.
 
 Detections are matched once; a resample only changes how often each picture counts. Two detectors measured on the same
 pictures are compared on the same resamples, which removes what both owe to the choice of pictures.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +23,7 @@ METRICS = ("AP", "AP50", "AR")
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric in 0-1 (or a difference of two) on all pictures, and between which values it lies on resampled ones; NaN
+    """A metric in 0-1 (or a difference of two) on all pictures, and how far it moves with the choice of pictures; NaN
     where nothing could be measured."""
 
     value: float
@@ -73,13 +78,20 @@ def _group_scores(scores: ClassScores, members: np.ndarray) -> dict[str, float]:
     return {"AP": mean(precision), "AP50": mean(precision[0]), "AR": mean(recall)}
 
 
-def interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
-    """Return the value (column 0) and the central share `confidence` of the resampled ones; NaN ones are left out."""
+def interval(values: np.ndarray, confidence: float = 0.95, least: float = -math.inf) -> Interval:
+    """The value, and the central share `confidence` of the resampled values, moved so that their mean is the value.
+
+    Args:
+        values: (1 + samples,) the value and the resampled ones; NaN ones are left out.
+        confidence: share of the resamples inside.
+        least: no bound is below it: 0 for a metric, nothing for a difference.
+    """
     resampled = values[1:][~np.isnan(values[1:])]
     if np.isnan(values[0]) or not resampled.size:
         return Interval(float(values[0]), float("nan"), float("nan"))
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(values[0]), float(low), float(high))
+    quantiles = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = values[0] + quantiles - resampled.mean()
+    return Interval(float(values[0]), max(float(low), least), float(high))
 
 
 def intervals_table(intervals: Mapping[str, Interval]) -> str:

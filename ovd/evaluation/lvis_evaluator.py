@@ -140,7 +140,7 @@ def _intervals(
 ) -> dict[str, Interval]:
     groups = {"": np.ones(len(ground_truth.names), bool), **class_groups(ground_truth.frequencies)}
     return {
-        metric_name(metric, group, max_dets if metric == "AR" else None): interval(values[0])
+        metric_name(metric, group, max_dets if metric == "AR" else None): interval(values[0], least=0.0)
         for (group, metric), values in bootstrap([matches], groups, samples, seed).items()
     }
 

@@ -76,7 +76,9 @@ def retention_report(
         for metric in METRICS:
             one, two = values[group, metric]
             words = int((members & has_objects).sum())
-            rows[group, metric] = RetentionRow(words, interval(one), interval(two), interval(two - one))
+            rows[group, metric] = RetentionRow(
+                words, interval(one, least=0.0), interval(two, least=0.0), interval(two - one)
+            )
     return RetentionReport(rows)
 
 

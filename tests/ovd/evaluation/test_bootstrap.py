@@ -73,6 +73,14 @@ def test_nothing_to_measure_is_na():
     assert interval(np.asarray([0.5, 0.4, math.nan, 0.6])).high == pytest.approx(0.595)
 
 
+def test_an_interval_lies_about_the_value_where_resampling_raises_the_metric():
+    resampled = np.linspace(0.6, 0.8, 101)  # all above the value
+    found = interval(np.concatenate([[0.5], resampled]))
+    assert (found.low, found.high) == (pytest.approx(0.5 - 0.095), pytest.approx(0.5 + 0.095))
+    # A metric is not below 0, a difference may be.
+    assert interval(np.asarray([0.0, 0.3, 0.5]), least=0.0).low == 0.0 > interval(np.asarray([0.0, 0.3, 0.5])).low
+
+
 def test_no_samples_and_results_of_two_data_sets_are_refused(data):
     _, matches = lvis_matches(*data)
     groups = {"": np.ones(15, bool)}

@@ -21,14 +21,14 @@ def data():
 
 @pytest.fixture(scope="module")
 def after(data):
-    """Detections of fine-tuned classes are now where the objects are; half of the others are gone."""
+    """Detections of fine-tuned classes are now where the objects are; four fifths of the others are gone."""
     ground_truth, results = data
     exact = [
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
         for a in ground_truth["annotations"]
         if a["category_id"] <= 3
     ]
-    return exact + [r for r in results if r["category_id"] > 3][::2]
+    return exact + [r for r in results if r["category_id"] > 3][::5]
 
 
 def test_groups_have_the_means_of_their_classes_and_move_as_they_should(data, after):
