@@ -15,7 +15,7 @@ from pretrain.modeling.checkpoint import WEIGHTS_FILE
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS = 20
-STEPS = 16  # of each of two phases
+STEPS = 20  # of each of two phases: an attempt that gets as far as a step is killed within two
 
 # One process imports everything; each attempt is a fork of it, so that 20 restarts take seconds. `moment` kills the
 # attempt from within, at a place that chance may miss; else the parent kills it at a random time.
@@ -81,7 +81,7 @@ if task == "random":
     child = attempt(lambda: None)
     while not state.exists(): time.sleep(0.002)  # how long a start takes here and now
     start = time.time() - started
-    time.sleep(rng.uniform(0, 0.3 * start))
+    time.sleep(rng.uniform(0, 0.01))
     while True:
         os.kill(child, signal.SIGKILL)
         if outcome(child) == 0: break
@@ -89,7 +89,10 @@ if task == "random":
         parts += any(Path(config.run.output).glob(".state.pt.*.part"))
         child = attempt()
         if kills >= int(sys.argv[2]): break
-        time.sleep(rng.uniform(0, 1.3 * start))
+        # At a random moment, but before the run is done, however fast the machine has become meanwhile.
+        before, until = state.stat().st_mtime_ns, time.time() + rng.uniform(0.2, 1.6) * start
+        while time.time() < until and state.stat().st_mtime_ns == before: time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))
     result = {"kills": kills, "in_a_save": parts, "last": outcome(child) if kills >= int(sys.argv[2]) else 0}
 else:
     first = outcome(attempt(globals()[task]))
