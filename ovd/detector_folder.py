@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -104,7 +105,7 @@ def read_prompting(folder: str | Path) -> Prompting:
     return _read_config(Path(folder))["text"]
 
 
-def write_base_words(folder: str | Path, device: str = "cpu") -> Path:
+def write_base_words(folder: str | Path, device: str | torch.device = "cpu") -> Path:
     """Embed a saved detector's base classes with the text tower in its folder and keep the rows beside it.
 
     With 80 prompts a class that takes a CPU hours, and whoever loads the detector would have to do it again.

@@ -1,5 +1,8 @@
 """Fixtures that tests of both halves use."""
 
+import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,3 +15,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/data (COCO-100 and LVIS-100 ground truth) is not beside the project on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[[str], Callable[[list[str]], int]]:
+    """`command(name)`: the function `main` of tools/NAME.py; loading the file leaves the import path as it was."""
+
+    def load(name: str) -> Callable[[list[str]], int]:
+        before = list(sys.path)
+        path = Path(__file__).resolve().parents[1] / "tools" / f"{name}.py"
+        specification = importlib.util.spec_from_file_location(f"tools_{name}", path)
+        module = importlib.util.module_from_spec(specification)
+        try:
+            specification.loader.exec_module(module)
+        finally:
+            sys.path[:] = before
+        return module.main
+
+    return load

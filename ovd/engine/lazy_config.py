@@ -73,7 +73,7 @@ def _settable(node: Any, path: str) -> list[str]:
     """Names that an override may set in a node: those written there, and the parameters of what it calls."""
     if not isinstance(node, DictConfig):
         return []
-    names = [str(name) for name in node if name != "_target_"]
+    names = [str(name) for name in node]
     called = OmegaConf.to_container(node, resolve=False).get("_target_")
     if called is not None:
         called = locate(called) if isinstance(called, str) else called

@@ -183,7 +183,7 @@ def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool, t
     checkpointer.resume_or_load("", resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     loader = _filled(made_for(model, cfg.data.train, "data.train"), start_step=start)
-    if "regions" in loader.mapper:
+    if "regions" in loader.get("mapper", ()):
         loader.mapper.regions_teacher = teacher  # regions of another image-text model are refused
     trainer.data_loader = instantiate(loader)
     trainer.train(start, cfg.train.max_iter)
@@ -216,13 +216,15 @@ def made_for(model: OpenVocabularyRCNN, loader: Any, field: str) -> Any:
     Raises:
         ConfigError: the description has another size (0 is none): training, evaluation and `predict` would disagree.
     """
-    size, given = model.architecture.image_size, loader.mapper.image_size
+    loader, size = copy.deepcopy(loader), model.architecture.image_size
+    if "image_size" not in loader.get("mapper", ()):  # a loader of the user's own
+        return loader
+    given = loader.mapper.image_size
     if given not in (0, size):
         raise ConfigError(
             f"{field}.mapper.image_size is {given}, but the detector was made for {size}: set it to {size}, or train "
             f"one with model.architecture.image_size={given}"
         )
-    loader = copy.deepcopy(loader)
     loader.mapper.image_size = size
     return loader
 

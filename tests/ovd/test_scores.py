@@ -187,6 +187,9 @@ def test_scores_of_something_else_are_not_mixed_in(detector, annotations, tmp_pa
     collect_scores(detector, annotations, annotations.parent, tmp_path, limit=1)
     with pytest.raises(ValueError, match="another run .different: embeddings, templates."):
         collect_scores(detector, annotations, annotations.parent, tmp_path, Prompting(("one {}",)))
+    other = OpenVocabularyDetector(detector.model, detector.image_text, prompting=Prompting(("one {}",)))
+    with pytest.raises(ValueError, match="another run .different: embeddings, templates."):
+        collect_scores(other, annotations, annotations.parent, tmp_path)  # as it was trained
     with pytest.raises(ValueError, match="different: dtype"):
         collect_scores(detector, annotations, annotations.parent, tmp_path, dtype="float16")
     # What is decided after the scores may differ.

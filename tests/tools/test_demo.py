@@ -1,6 +1,5 @@
 """The demo command: what it writes agrees with the detector's own answer, and every mistake gets one sentence."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,16 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def main():
-    """The command's function; loading the file must leave the import path as it was."""
-    import sys
-
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("tools_demo", ROOT / "tools" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module.main
+def main(command):
+    return command("demo")
 
 
 def picture(path: Path, height: int = 60, width: int = 90, seed: int = 0) -> Path:

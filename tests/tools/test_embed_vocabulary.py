@@ -1,7 +1,5 @@
 """The command that embeds words: its file is what the detector accepts, its findings are about these words."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,17 +8,10 @@ import torch
 from ovd import OpenVocabularyDetector
 from ovd.text.embedding_file import read_info
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "embed_vocabulary.py"
-
 
 @pytest.fixture(scope="module")
-def main():
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("tools_embed_vocabulary", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module.main
+def main(command):
+    return command("embed_vocabulary")
 
 
 def call(main, checkpoint: Path, words: str, output: Path, *more: str) -> int:

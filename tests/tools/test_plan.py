@@ -1,8 +1,6 @@
 """The planner's command line: its JSON adds up, its table is readable, mistakes get one sentence."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,14 +20,8 @@ run: {device: cpu}
 
 
 @pytest.fixture(scope="module")
-def main():
-    """The command's function; loading the file must leave the import path as it was."""
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("tools_plan", ROOT / "tools" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module.main
+def main(command):
+    return command("plan")
 
 
 @pytest.fixture

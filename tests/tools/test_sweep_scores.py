@@ -1,25 +1,16 @@
 """The command that chooses fusion settings: one run of the network, a table of all settings, clear mistakes."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "sweep_scores.py"
-
 
 @pytest.fixture(scope="module")
-def main():
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("tools_sweep_scores", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module.main
+def main(command):
+    return command("sweep_scores")
 
 
 @pytest.fixture

@@ -9,12 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from ovd.detector import read_detector, save_detector
-from ovd.engine import trainer
+from ovd.detector_folder import read_prompting
+from ovd.engine import retention, trainer
 from ovd.engine.finetune import joined_names, load_for_training
 from ovd.engine.interpolation import interpolate_detectors, interpolate_states
 from ovd.engine.lazy_config import load_config
+from ovd.engine.run_text import run_prompting
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import build_detector
+from ovd.text.embeddings import Prompting
 from pretrain.config import ConfigError
 
 SMALL = {
@@ -168,6 +171,24 @@ def test_detectors_on_other_image_text_models_are_not_mixed(detector, image_text
     save_file(changed, weights)
     with pytest.raises(ValueError, match="different image-text models"):
         interpolate_detectors(detector, other, 0.5, tmp_path / "mixed")
+
+
+def test_a_detector_is_asked_trained_and_sized_as_it_was_before(configured, image_text_folder, tmp_path, monkeypatch):
+    prompting = Prompting(("a photo of the {}.",), False)
+    model = build_detector(DetectorConfig(**SMALL), image_text_folder)
+    save_detector(tmp_path / "before", model, image_text_folder, base_names=["cat", "dog"], prompting=prompting)
+    cfg = configured("finetune.interpolation=0.5", "data.train.mapper.image_size=0")
+    sizes, made = [], trainer.made_for
+    monkeypatch.setattr(trainer, "made_for", lambda *a: (sizes.append(r := made(*a)), r)[1])
+    assert run_prompting(cfg) == prompting and read_prompting(trainer.train(cfg)) == prompting
+    assert [loader.mapper.image_size for loader in sizes] == [96]
+    # The words of a data set are asked for in the same way.
+    embedded, embed = [], retention.embed_vocabulary
+    monkeypatch.setattr(retention, "embed_vocabulary", lambda *a: (embedded.append(a[2:]), embed(*a))[1])
+    retention.detect_categories(tmp_path / "before", cfg.data.train_annotations, "", limit=1)
+    assert embedded == [(prompting.templates, False)]
+    cfg.text.templates, cfg.text.use_synonyms = ["{}"], True
+    assert run_prompting(cfg) == Prompting(("{}",), True)
 
 
 def test_words_that_read_the_same_are_one():

@@ -1,9 +1,7 @@
 """Regions computed before a run: the command, and the run that distils them."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +17,11 @@ from ovd.losses.distillation import RegionTeacher
 from pretrain.modeling.checkpoint import load_checkpoint
 
 CONFIG = "configs/ovd/mini_lvis.py"
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "prepare_data.py"
 
 
 @pytest.fixture(scope="module")
-def main():
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("tools_prepare_data", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module.main
+def main(command):
+    return command("prepare_data")
 
 
 @pytest.fixture

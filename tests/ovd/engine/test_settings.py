@@ -36,6 +36,8 @@ def test_what_a_config_calls_may_be_given_arguments_that_it_does_not_write_down(
     cfg = load_config(CONFIG, [*config_overrides, "data.train.mapper.colour_jitter=0.1"])
     jitters = [a for a in instantiate(cfg.data.train.mapper).augmentations.augs if "Contrast" in type(a).__name__]
     assert [(round(a.intensity_min, 3), round(a.intensity_max, 3)) for a in jitters] == [(0.9, 1.1)]
+    cfg = load_config(CONFIG, ["data.train._target_=ovd.engine.defaults.build_test_loader"])  # docs/security.md
+    assert cfg.data.train._target_ == "ovd.engine.defaults.build_test_loader"
     with pytest.raises(ConfigError, match="did you mean 'colour_jitter'"):
         load_config(CONFIG, ["data.train.mapper.color_jitter=0.1"])
 

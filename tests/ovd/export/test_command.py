@@ -1,22 +1,11 @@
 """The command that exports: what is asked for is checked before anything is loaded, and the parts reach the library."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
-
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "export.py"
 
 
 @pytest.fixture(scope="module")
-def main():
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location("tools_export", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module.main
+def main(command):
+    return command("export")
 
 
 @pytest.mark.parametrize(

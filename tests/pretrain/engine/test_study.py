@@ -1,8 +1,6 @@
 """Studies: what is run, skipped, continued and run again."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,16 +23,8 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture
-def main():
-    """The command's function; loading the file must leave the import path as it was."""
-    before = list(sys.path)
-    spec = importlib.util.spec_from_file_location(
-        "tools_study", Path(__file__).resolve().parents[3] / "tools" / "study.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = before
-    return module.main
+def main(command):
+    return command("study")
 
 
 def test_a_finished_run_is_skipped(make_study, no_training, job_of):
