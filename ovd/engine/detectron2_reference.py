@@ -61,16 +61,20 @@ TOWERS = {
 
 
 def small_heads(image_size: int, window_size: int) -> DetectorConfig:
-    """The miniature's heads and numbers of regions."""
-    return DetectorConfig(image_size=image_size, window_size=window_size, vlm_scale=50.0)
+    """The miniature's heads and numbers of regions, and crops of the size that its towers end at."""
+    return DetectorConfig(image_size=image_size, window_size=window_size, vlm_crop_size=64, vlm_scale=50.0)
 
 
 def published_heads(image_size: int, window_size: int) -> DetectorConfig:
-    """The sizes of ViTDet's configuration, which are also those of the published open-vocabulary detectors."""
+    """The sizes of ViTDet's configuration, which are also those of the published open-vocabulary detectors.
+
+    Crops have 224 px, at which RECLIP's towers end.
+    """
     return DetectorConfig(
         image_size=image_size, window_size=window_size, pyramid_channels=256, rpn_num_conv=2, rpn_batch_size=256,
         rpn_pre_nms_topk=(2000, 1000), rpn_post_nms_topk=(1000, 1000), roi_batch_size=512, box_num_conv=4,
-        box_conv_dim=256, box_fc_dim=1024, mask_num_conv=4, mask_conv_dim=256, vlm_output_size=14, vlm_scale=50.0,
+        box_conv_dim=256, box_fc_dim=1024, mask_num_conv=4, mask_conv_dim=256, vlm_output_size=14, vlm_crop_size=224,
+        vlm_scale=50.0,
     )  # fmt: skip
 
 
