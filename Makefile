@@ -30,11 +30,12 @@ $(READY): requirements/lock.txt requirements/install_detectron2.py pyproject.tom
 demo: $(READY)
 	$(PY) tools/run_demo.py
 
-# The browser is for the test of the page only, so no other target waits for its 70 MB.
+# The browser is for the test of the page only, so no other target waits for its 70 MB. A file's tests stay together,
+# since they share what they train; four processes need about 8 GB.
 test: $(READY)
 	@$(PY) requirements/install_chromium.py
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(PY) -m ruff check .
