@@ -4,6 +4,7 @@ Source: ViLD (Gu et al., 2022, section 3.3). Boxes are the proposals of a detect
 those that the run's own image-text model gives their crops. What a file holds is in `ovd/data/regions.py`.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,16 @@ from ovd.data.images import ImageError
 from ovd.data.lvis import load_lvis
 from ovd.data.mapper import OpenVocabularyMapper
 from ovd.data.regions import precompute_regions
-from ovd.detector_folder import read_detector
+from ovd.detector_folder import WEIGHTS, read_detector
 from ovd.engine.finetune import detector_folder
 from ovd.engine.trainer import resolve_device
 from ovd.modeling.rcnn import build_detector
+from pretrain.atomic import write_atomically
 from pretrain.config import ConfigError
+from pretrain.engine.run_folder import file_fingerprint
 from pretrain.modeling.checkpoint import load_checkpoint
+
+SETTINGS = "settings.json"
 
 
 @dataclass
@@ -61,7 +66,7 @@ def write_regions(
 
     Raises:
         ConfigError: the configuration fine-tunes a detector, or there is no detector of that name.
-        ValueError: `limit` is below 1, or `output` holds files of another image-text model.
+        ValueError: `limit` is below 1, or `output` holds files that were made with something else.
     """
     if limit < 1:
         raise ValueError(f"a limit of {limit} leaves no region: give at least 1")
@@ -74,7 +79,18 @@ def write_regions(
     # Only its teacher is used, which is the same for all kinds of distillation; no other copy of the tower is needed.
     fields = {"distillation": "shared", "vlm_mode": "off"}
     run = build_detector(instantiate(cfg.model.architecture), image_text, **fields).to(device).eval()
-    proposer = read_detector(detector_folder(detector))[0].to(device).eval()
+    proposals_of = detector_folder(detector)
+    proposer = read_detector(proposals_of)[0].to(device).eval()
+    settings = {
+        "image_text": image_text.fingerprint,
+        "detector": file_fingerprint(proposals_of / WEIGHTS),
+        "annotations": file_fingerprint(cfg.data.train.annotations),
+        "image_size": image_size,
+        "crop_size": run.architecture.vlm_crop_size or image_text.image_size,
+        "box_scales": list(run.architecture.distillation_box_scales),
+        "limit": limit,
+    }
+    _keep_settings(Path(output), settings)
     records, _ = load_lvis(cfg.data.train.annotations, cfg.data.train.image_root)
     mapper, counts = OpenVocabularyMapper(False, image_size), RegionCounts(len(records))
 
@@ -90,3 +106,24 @@ def write_regions(
 
     counts.written = precompute_regions(progress(records), embed, output, image_text.fingerprint)
     return counts
+
+
+def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write what the files of a folder are made with, beside them, or compare it with what is written there.
+
+    Raises:
+        ValueError: some of it differs, or there are files without it.
+    """
+    path, remedy = folder / SETTINGS, f"remove {folder}, or give another --output"
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            before = {}
+        changed = [name for name, value in settings.items() if before.get(name) != value]
+        if changed:
+            raise ValueError(f"{folder} holds regions made with another {', '.join(changed)}; {remedy}")
+    elif any(folder.glob("*.npz")):
+        raise ValueError(f"{folder} holds regions and no {SETTINGS}, so nothing tells how they were made; {remedy}")
+    else:
+        write_atomically(path, json.dumps(settings, indent=1))

@@ -44,7 +44,7 @@ def test_the_command_writes_what_the_run_then_distils_and_a_second_call_adds_wha
     arguments = ["regions", "--config", CONFIG, "--detector", str(detector), "--output", str(folder), "--limit", "7"]
     assert main([*arguments, *config_overrides]) == 0
     assert counts(capsys.readouterr().out) == [6, 5, 35, 0, 1]
-    assert sorted(path.name for path in folder.iterdir()) == [f"{i}.npz" for i in (1, 3, 4, 5, 6)]
+    assert sorted(path.name for path in folder.iterdir()) == [*(f"{i}.npz" for i in (1, 3, 4, 5, 6)), "settings.json"]
     (folder / "3.npz").unlink()
     assert main([*arguments, *config_overrides]) == 0
     assert counts(capsys.readouterr().out) == [6, 1, 7, 4, 1]
@@ -99,6 +99,33 @@ def test_a_run_refuses_the_regions_of_another_image_text_model(config_overrides,
     fields = ["model.architecture.distillation=shared", f"data.train.mapper.regions={tmp_path}/regions"]
     with pytest.raises(ValueError, match="made by the image-text model 'another tower'.*prepare_data.py regions again"):
         trainer.train(load_config(CONFIG, [*config_overrides, *fields]))
+
+
+def test_files_made_with_other_settings_are_not_mixed(main, detector, config_overrides, tmp_path, capsys) -> None:
+    folder = tmp_path / "regions"
+
+    def write(*overrides: str, proposals: str = str(detector), limit: int = 2) -> int:
+        options = ["--config", CONFIG, "--output", str(folder), "--detector", proposals, "--limit", str(limit)]
+        return main(["regions", *options, *config_overrides, *overrides])
+
+    assert write() == 0
+    (folder / "3.npz").unlink()
+    for overrides, options, changed in (
+        ([], {"limit": 3}, "limit"),
+        ([], {"proposals": "mini"}, "detector"),
+        (["model.architecture.vlm_crop_size=32"], {}, "crop_size"),
+        (["model.architecture.distillation_box_scales=[1.0]"], {}, "box_scales"),
+        (["data.train.mapper.image_size=64"], {}, "image_size"),
+    ):
+        assert write(*overrides, **options) == 1
+        assert f"holds regions made with another {changed}; remove {folder}" in capsys.readouterr().err
+    assert not (folder / "3.npz").exists() and write("model.architecture.vlm_crop_size=160") == 0  # what 0 stands for
+    for content, message in (("no json", "made with another image_text, detector, annot"), (None, "no settings.json")):
+        (folder / "settings.json").unlink()
+        if content:
+            (folder / "settings.json").write_text(content)
+        assert write() == 1
+        assert message in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_one_sentence(main, config_overrides, tmp_path, capsys) -> None:
