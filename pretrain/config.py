@@ -8,7 +8,7 @@ import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -212,6 +212,10 @@ def _check_names(node: Any, schema: type, where: str) -> None:
                 _check_names(item, get_args(kind)[0], f"{path}[{index}]")
                 # OmegaConf's own message would not say which item.
                 _typed(get_args(kind)[0], item, f"{path}[{index}].")
+        elif get_origin(kind) in (list, dict) and not isinstance(value, get_origin(kind)):
+            # Nor which field, of a list for a mapping.
+            form = "a list, [value, …]" if get_origin(kind) is list else "a mapping, {name: value, …}"
+            raise ConfigError(f"{path} is {value!r}: it must be {form}")
 
 
 def _typed(schema: type, node: dict, where: str = "") -> Any:

@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Every option."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--detector", required=True, type=Path, metavar="DIR", help="detector folder")
+    add("--detector", required=True, type=Path, metavar="DIR", help="its folder, or the name of one that ships")
     add("--annotations", required=True, type=Path, help="LVIS or COCO file with the base classes, not trained on")
     add("--images", type=Path, help="folder of its pictures (default: the one that the file lies in)")
     add("--pictures", type=int, default=200, metavar="N", help="drawn at random (default: %(default)s)")
@@ -42,8 +42,12 @@ def run(options: argparse.Namespace) -> None:
     from ovd.calibration import CALIBRATION, save_calibration
     from ovd.calibration_data import collect_outcomes, fit_calibration, read_pictures
     from ovd.commands.demo import load_detector
+    from ovd.engine.finetune import detector_folder
 
-    detector = load_detector(str(options.detector.resolve()), options.device, "float32")
+    folder = detector_folder(options.detector)
+    if folder != options.detector and options.output is None:
+        raise ValueError(f"{options.detector} is a detector that ships, which stays as it is: give --output")
+    detector = load_detector(str(folder.resolve()), options.device, "float32")
     pictures, num_base = read_pictures(
         detector, options.annotations, options.images or options.annotations.parent, options.pictures, options.sizes,
         options.exhaustive, options.seed, partial(tqdm, desc="pictures", unit="picture", disable=None),
@@ -57,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         "annotations": options.annotations.name, "pictures": len(pictures), "base_classes": num_base,
         "exhaustive": options.exhaustive, "seed": options.seed, "held_out": rows,
     }  # fmt: skip
-    path = options.output or options.detector / CALIBRATION
+    path = options.output or folder / CALIBRATION
     save_calibration(path, fit_calibration(detector, outcomes, measured))
     print(table(rows))
     print(f"calibration: {path}")

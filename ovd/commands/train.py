@@ -16,6 +16,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ovd.commands.quiet import quieten_libraries
     from ovd.engine.evaluate import results_table
+    from ovd.engine.finetune import detector_folder
     from ovd.engine.lazy_config import load_config
     from ovd.engine.trainer import evaluate, train
     from pretrain.config import ConfigError
@@ -29,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     for name in ("detectron2", "ovd", "fvcore"):
         setup_logger(distributed_rank=comm.get_rank(), name=name)
     quieten_libraries()
-    folder = Path(options.detector or Path(cfg.train.output) / "detector")
+    folder = detector_folder(options.detector) if options.detector else Path(cfg.train.output) / "detector"
     if not options.eval_only:
         folder = train(cfg, resume=options.resume)
     if cfg.data.get("validation", True) == "":  # fine-tuning without a set to measure on
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", "--config-file", required=True, help="LazyConfig file below configs/ovd")
     parser.add_argument("--resume", action="store_true", help="continue the run in train.output")
     parser.add_argument("--eval-only", action="store_true", help="evaluate train.output/detector, or --detector")
-    parser.add_argument("--detector", help="checkpoint folder to evaluate (with --eval-only)")
+    parser.add_argument("--detector", help="with --eval-only: its folder, or the name of one that ships")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.max_iter=100")
     options = parser.parse_args(arguments)

@@ -200,7 +200,9 @@ def test_the_command_writes_what_the_detector_then_uses(folder, tmp_path, capsys
     detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
     assert set(detector.calibration.curves[True]) == {2, 3} and detector.calibration.measured["pictures"] == 24
     assert main(["--detector", str(tmp_path / "none"), *options]) == 1
-    assert "is no detector checkpoint" in capsys.readouterr().err
+    assert "is no detector: give a folder with config.yaml" in capsys.readouterr().err
+    assert main(["--detector", "mini", *options]) == 1
+    assert "ships, which stays as it is: give --output" in capsys.readouterr().err
 
 
 def test_precision_above_counts_what_is_shown() -> None:

@@ -75,6 +75,8 @@ def test_an_unknown_field_names_the_nearest(node, message):
         ({"phases": {"steps": 3}}, "phases"),
         ({"model": 3}, "model"),
         ({"data": {"preload": 7.5}}, "data.preload"),
+        ({"evaluation": {"splits": "val"}}, "evaluation.splits is 'val': it must be a list"),
+        ({"objective": {"options": ["terms"]}}, "objective.options is ['terms']: it must be a mapping"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_its_field(node, where):

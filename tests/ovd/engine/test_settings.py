@@ -49,6 +49,17 @@ def test_an_override_that_evaluation_alone_would_ignore_is_refused(config_overri
     assert "use evaluation.fusion" in capsys.readouterr().err
 
 
+def test_a_detector_to_evaluate_is_a_folder_or_a_name_that_ships(monkeypatch, capsys):
+    evaluated = []
+    monkeypatch.setattr(trainer, "evaluate", lambda cfg, folder: evaluated.append(folder) or {})
+    monkeypatch.setattr(evaluate, "results_table", lambda _: "")
+    given = ["--config", CONFIG, "--eval-only", "--detector"]
+    assert command.main([*given, "mini"]) == 0 and command.main([*given, "ovd/weights/mini"]) == 0
+    assert [folder.resolve() for folder in evaluated] == [Path("ovd/weights/mini").resolve()] * 2
+    assert command.main([*given, "maxi"]) == 1 and len(evaluated) == 2
+    assert "'maxi' is no detector: give a folder with config.yaml, or one that ships (mini)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_evaluation_computes_in_the_precision_asked_for_and_embeds_texts_in_float32(config, monkeypatch, precision):
     folder, low = trainer.train(config), {}
