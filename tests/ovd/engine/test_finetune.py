@@ -15,6 +15,7 @@ from ovd.engine.finetune import joined_names, load_for_training
 from ovd.engine.interpolation import interpolate_detectors, interpolate_states
 from ovd.engine.lazy_config import load_config
 from ovd.engine.run_text import run_prompting
+from ovd.engine.step import DetectorTrainer
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import build_detector
 from ovd.text.embeddings import Prompting
@@ -103,6 +104,15 @@ def test_interpolation_writes_what_lies_between(configured, detector):
         if value.is_floating_point():
             torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name])
     assert any(not torch.equal(before[k], between[k]) for k in before)
+
+
+def test_a_finished_run_takes_another_interpolation_without_training(configured, monkeypatch):
+    trained = tensors(trainer.train(configured()))
+    monkeypatch.setattr(DetectorTrainer, "run_step", lambda self: pytest.fail("it was trained again"))
+    folder = trainer.train(configured("finetune.interpolation=0.5"), resume=True)
+    after, between = tensors(folder.parent / "finetuned"), tensors(folder)
+    assert all(torch.equal(after[name], value) for name, value in trained.items())
+    assert any(not torch.equal(between[name], value) for name, value in trained.items())
 
 
 def test_a_rate_of_zero_leaves_the_tower_as_it_is(configured, detector):
