@@ -6,7 +6,7 @@
 
 A worked example on photographs, with times and numbers: docs/finetune.md.
 
-What keeps the other words, measured on the miniature (three seeds, 200 steps on 120 pictures of six words), in points of
+What keeps the other words, on the miniature (three seeds, 200 steps on 120 pictures of six words), in points of
 box AP that these words gain and the 232 others gain or lose: as it stands here +8.6 and -2.7. With
 `finetune.interpolation=0.5` +4.2 and -0.6, and +6.0 and -0.4 if also `optimizer.backbone_lr_factor=1.0`. With
 `data.replay`, the set that the detector came from, +5.1 and -0.5; with both +3.0 and +0.1. A lower rate of the tower,
