@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,17 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: each of several processes with a thread for every core would wait for the others.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """Every test draws the same numbers, whatever ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
