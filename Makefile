@@ -31,7 +31,7 @@ demo: $(READY)
 	$(PY) tools/run_demo.py
 
 # The browser is for the test of the page only, so no other target waits for its 70 MB. A file's tests stay together,
-# since they share what they train; four processes need about 8 GB.
+# since they share what they train; two processes held 1.6 and 1.9 GB, four is the most.
 test: $(READY)
 	@$(PY) requirements/install_chromium.py
 	$(PY) -m ruff check .

@@ -20,7 +20,7 @@ from ovd.data.regions import precompute_regions
 from ovd.detector_folder import WEIGHTS, read_detector
 from ovd.engine.finetune import detector_folder
 from ovd.engine.trainer import resolve_device
-from ovd.modeling.rcnn import build_detector
+from ovd.modeling.rcnn import build_detector, crop_size
 from pretrain.atomic import write_atomically
 from pretrain.config import ConfigError
 from pretrain.engine.run_folder import file_fingerprint
@@ -86,7 +86,7 @@ def write_regions(
         "detector": file_fingerprint(proposals_of / WEIGHTS),
         "annotations": file_fingerprint(cfg.data.train.annotations),
         "image_size": image_size,
-        "crop_size": run.architecture.vlm_crop_size or image_text.image_size,
+        "crop_size": crop_size(run.architecture, image_text),
         "box_scales": list(run.architecture.distillation_box_scales),
         "limit": limit,
     }

@@ -197,8 +197,8 @@ def _image_text_scale(config: DetectorConfig, image_text: ImageTextModel) -> flo
     return float(image_text.model.logit_scale.detach().exp()) if config.vlm_scale is None else config.vlm_scale
 
 
-def _crop_size(config: DetectorConfig, image_text: ImageTextModel) -> int:
-    """Pixels; towers know best what they saw last."""
+def crop_size(config: DetectorConfig, image_text: ImageTextModel) -> int:
+    """Side in pixels of a crop for the image tower; towers know best what they saw last."""
     return config.vlm_crop_size or image_text.image_size
 
 
@@ -214,7 +214,7 @@ def _build_image_text_head(
         tower = WindowedViT(trunk, config.image_size, config.window_size, global_blocks=1, frozen=True)
     scale = _image_text_scale(config, image_text)
     if config.vlm_mode == "crops":
-        return CropTextHead(visual, image_text.embed_dim, scale, _crop_size(config, image_text), config.vlm_box_scale)
+        return CropTextHead(visual, image_text.embed_dim, scale, crop_size(config, image_text), config.vlm_box_scale)
     # The frozen copy keeps the patches that the tower was trained with; the backbone's may be larger.
     stride = patch_size if tower is None else tower.patch_size
     return ImageTextHead(
@@ -249,7 +249,7 @@ def _build_distillation(
         return None, None
     scale, dim = _image_text_scale(config, image_text), image_text.embed_dim
     # box_scale 1: what surrounds a box is the teacher's to decide.
-    make_head = partial(CropTextHead, visual, dim, scale, _crop_size(config, image_text), box_scale=1.0)
+    make_head = partial(CropTextHead, visual, dim, scale, crop_size(config, image_text), box_scale=1.0)
     teacher = RegionTeacher(make_head, dim, config.distillation_box_scales)
     head = None
     if config.distillation == "ensemble":

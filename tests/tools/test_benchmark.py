@@ -1,10 +1,8 @@
 """The benchmarks: both data pipelines read the same shards, both training steps compute the same; tables."""
 
 import copy
-import importlib.util
 import re
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import open_clip
@@ -31,23 +29,15 @@ from pretrain.engine.cost import describe_towers, phase_cost
 from pretrain.engine.device import Device
 from pretrain.modeling.clip import build_model
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def pattern(tmp_path_factory) -> str:
     return make_shards(tmp_path_factory.mktemp("shards"), images=24, side=128, per_shard=10)
 
 
-def tool(*arguments: str) -> int:
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("tools_benchmark", ROOT / "tools" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return module.main(list(arguments))
-    finally:
-        sys.path[:] = path
+@pytest.fixture
+def tool(command) -> Callable[..., int]:
+    return lambda *arguments: command("benchmark")(list(arguments))
 
 
 def test_made_shards_are_complete_and_repeatable(pattern, tmp_path):
@@ -85,13 +75,13 @@ def test_the_table_has_medians_and_their_ratio():
     assert lines[4].startswith("| 1 | wall time |") and len(lines) == 6
 
 
-def test_the_command_prints_the_table(pattern, capsys):
+def test_the_command_prints_the_table(tool, pattern, capsys):
     small = ["--image-size", "32", "--batch-size", "8", "--seconds", "0.01", "--repeats", "1"]
     assert tool("data", "--shards", pattern, "--workers", "0", *small) == 0
     assert re.search(r"\| 0 \(in the process\) \| wall time \| \d+ .* \*\*\d+\.\d\d\*\* \|", capsys.readouterr().out)
 
 
-def test_absent_shards_are_one_sentence(tmp_path, capsys):
+def test_absent_shards_are_one_sentence(tool, tmp_path, capsys):
     assert tool("data", "--shards", f"{tmp_path}/none.tar") == 1
     assert capsys.readouterr().err.startswith("error: data.shards: no file")
 
@@ -150,7 +140,7 @@ def test_open_clips_step_and_ours_compute_the_same(monkeypatch):
         torch.testing.assert_close(mine, b.detach(), rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_the_command_prints_both_steps(tmp_path, capsys):
+def test_the_command_prints_both_steps(tool, tmp_path, capsys):
     config = tmp_path / "tiny.yaml"
     config.write_text(
         "model: {image: {timm_model: test_vit4}, embed_dim: 32,\n"
