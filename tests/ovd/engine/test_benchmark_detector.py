@@ -9,7 +9,9 @@ from ovd.engine import benchmark_detector, detectron2_reference
 from ovd.engine.benchmark_detector import OWN, REFERENCE, DetectorBenchmark, Timing, Work, time_in_turn, to_markdown
 from ovd.engine.detectron2_reference import Scene, TowerSize, count_regions, match_detections
 from ovd.modeling.detector_config import DetectorConfig
-from pretrain.config import ConfigError
+from ovd.modeling.rcnn import crop_size
+from pretrain.config import ConfigError, load_config
+from pretrain.modeling.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -64,6 +66,15 @@ def test_both_find_as_much(benchmark) -> None:
     (proposals, detections), (others, found) = (count_regions(model, scene.inputs) for model in (own, reference))
     assert proposals == pytest.approx(others, rel=0.1)
     assert found >= detections or threshold == 0
+
+
+def test_crops_have_the_size_that_towers_end_at() -> None:
+    """Not that of the benchmark's random tower, which is as large as the picture."""
+    kept = load_checkpoint("ovd/weights/mini/image_text").image_size
+    published = load_config("configs/pretrain/reclip_b16_64px_550k_ft20k.yaml").phases[-1].image_size
+    for heads, expected in (("small", kept), ("published", published)):
+        config = detectron2_reference.HEADS[heads](512, 8)
+        assert crop_size(config, detectron2_reference.random_image_text(TowerSize(48, 1, 2, 16), 512)) == expected
 
 
 def test_random_objects_fill_their_boxes_within_the_picture() -> None:
