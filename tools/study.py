@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     """List, time, run what is missing, report; 1 if a run did not train."""
     from pretrain.engine.study import load_study, progress, run_job
     from pretrain.engine.study_file import choose
-    from pretrain.engine.study_report import write_report
+    from pretrain.engine.study_plots import write_report
     from pretrain.engine.study_timing import time_study
 
     if options.time:

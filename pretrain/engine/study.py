@@ -58,7 +58,8 @@ class StudyConfig:
     # Seconds of training that every run gets: steps and warm-ups of its phases are multiplied by one factor, from what
     # a step takes as measured once before (`--time`); 0: the steps as they are.
     seconds: float = 0.0
-    aim_points: float = 1.0  # may be this many points of top-1 below the baseline …
+    # Without `seconds`, the aim: a run may be this many points of top-1 below the baseline …
+    aim_points: float = 1.0
     aim_ratio: float = 6.0  # … in this many times less training time
     output: str = "runs/study"  # run folders
     report: str = "studies/study.md"  # the table; the plot lies beside it

@@ -1,6 +1,7 @@
-"""What a study found: a table over seeds, a verdict on its aim, and accuracy over training time as a plot.
+"""What a study found, as a page: tables over seeds and a verdict on its aim, or an order where all had the same time.
 
-A part of the runs gives a part of the table, which then says what is missing. Nothing here trains or judges.
+A part of the runs gives a part of the table, which then says what is missing. Nothing here trains or judges; the plot
+is `study_plots`'s.
 """
 
 import os
@@ -8,8 +9,6 @@ import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pretrain.atomic import replacing, write_atomically
-from pretrain.config import ConfigError
 from pretrain.engine.equal_time import training_seconds
 from pretrain.engine.study import Result, RunSpec, Study, StudyConfig, read_result
 from pretrain.engine.study_timing import read_timing
@@ -130,8 +129,10 @@ def verdict(config: StudyConfig, rows: list[Row]) -> str:
     """Which runs meet the aim; else the most accurate that is fast enough, and the fastest accurate enough.
 
     Said twice where runs were judged at sizes of their own: at the study's size, and at any (smaller images also cost
-    less to use).
+    less to use). A study of equal time has no such aim: its rows in order instead.
     """
+    if config.seconds:
+        return _order(config, rows)
     aim = (
         f"Aim: at most {config.aim_points:g} point(s) of top-1 on {config.split} below {config.baseline} at "
         f"{config.aim_ratio:g} times less measured training time."
@@ -144,6 +145,13 @@ def verdict(config: StudyConfig, rows: list[Row]) -> str:
     if len(full) < len(compared):
         parts += ["Judged at any size of their own:", *_verdict_of(config, compared)]
     return " ".join([*parts, *_caveat(config, rows)])
+
+
+def _order(config: StudyConfig, rows: list[Row]) -> str:
+    """All rows by their top-1, best first."""
+    found = sorted(((row.accuracy[config.split][0], row.label) for row in rows), key=lambda pair: -pair[0].mean)
+    listed = "; ".join(f"{number}. {label} {top1.text()}" for number, (top1, label) in enumerate(found, start=1))
+    return f"By top-1 on {config.split}, after the same training time: {listed}."
 
 
 def _verdict_of(config: StudyConfig, compared: list[Row]) -> list[str]:
@@ -253,7 +261,8 @@ def format_report(study: Study, results: dict[str, dict[int, Result]], plot: Pat
     if config.further:
         lines += [format_further(config, results), ""]
     if plot:
-        lines += [f"![accuracy over training time]({plot.name})", ""]
+        shown = "accuracy after equal time" if config.seconds else "accuracy over training time"
+        lines += [f"![{shown}]({plot.name})", ""]
     lines += [f"- {line}" for line in provenance(study, results)]
     return "\n".join(lines) + "\n"
 
@@ -270,54 +279,3 @@ def _how_timed(study: Study) -> str:
         f"({timing.date}, load average {timing.load_before:.1f} before it), medians times the number of steps; the "
         "runs themselves did not have the machine to themselves."
     )
-
-
-def draw_plot(study: Study, results: dict[str, dict[int, Result]], path: Path) -> None:
-    """Top-1 on the study's split over measured training time (log), a marker a row, bars of one standard deviation.
-
-    Raises:
-        ConfigError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    except ImportError as error:
-        raise ConfigError("the plot needs matplotlib, which is not installed: pip install matplotlib") from error
-    config, rows = study.config, make_rows(study.config, results)
-    figure = Figure(figsize=(9, 6.2), layout="constrained")  # without pyplot: no display, nothing global
-    axes = figure.add_subplot()
-    markers = "osD^vP*Xh<>pd"
-    for number, row in enumerate(rows):
-        top1 = row.accuracy[config.split][0]
-        axes.errorbar(
-            row.seconds.mean, top1.mean, xerr=row.seconds.deviation, yerr=top1.deviation, capsize=3, linestyle="none",
-            marker=markers[number % len(markers)], markersize=8, label=row.label,
-        )  # fmt: skip
-    base = next((row for row in rows if row.name == config.baseline and row.size == config.image_size), None)
-    if base:
-        time, points = base.seconds.mean / config.aim_ratio, base.accuracy[config.split][0].mean - config.aim_points
-        label = f"aim: within {config.aim_points:g} point(s), {config.aim_ratio:g}x less time"
-        axes.axvline(time, color="grey", linestyle=":", linewidth=1, label=label)
-        axes.axhline(points, color="grey", linestyle=":", linewidth=1)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 3, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="measured training time, seconds", ylabel=f"zero-shot top-1 on {config.split}, %")
-    axes.set_title(config.title or study.path.stem)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.supxlabel("\n".join(provenance(study, results)).replace("`", ""), fontsize=6, x=0.01, ha="left")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
-
-
-def write_report(study: Study) -> tuple[Path, Path | None]:
-    """Write table and plot; returns their paths (no plot before the first result)."""
-    table, results = Path(study.config.report), collect(study)
-    plot = table.with_suffix(".png") if any(results.values()) else None
-    if plot:
-        draw_plot(study, results, plot)
-    write_atomically(table, format_report(study, results, plot))
-    return table, plot

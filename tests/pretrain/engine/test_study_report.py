@@ -12,7 +12,8 @@ from PIL import Image
 from pretrain.atomic import write_atomically
 from pretrain.engine import study as study_module
 from pretrain.engine.study import Result, RunSpec, Study, StudyConfig
-from pretrain.engine.study_report import Spread, format_report, make_rows, missing, verdict, write_report
+from pretrain.engine.study_plots import _draw_equal_time, write_report
+from pretrain.engine.study_report import Spread, format_report, make_rows, missing, verdict
 
 
 def result(top1: float, seconds: float, flops: int = 1000, top5: float = 0.5, sizes=("160",)) -> Result:
@@ -84,6 +85,38 @@ def test_runs_judged_at_sizes_of_their_own_have_a_verdict_apart(measured):
     assert "Met by odd, judged at 64 px (+1.0 points at 10.0x less time)" in own
     alone = make_rows(replace(config, runs=config.runs[:2]), results)
     assert "of their own" not in verdict(config, alone)
+
+
+def test_a_study_of_equal_time_has_an_order_and_no_aim(measured):
+    config, results = measured
+    equal = replace(config, seconds=100.0)
+    order = verdict(equal, make_rows(equal, results))
+    places = [order.index(text) for text in ("1. baseline 12.0 ± 2.0", "2. the fast one 11.5 ± 3.5", "3. odd 5.0")]
+    assert places == sorted(places) and "aim" not in order.lower()
+
+
+def test_the_plot_of_equal_time_has_a_bar_of_the_right_length_for_every_run(measured):
+    from matplotlib.figure import Figure
+
+    config, results = measured
+    config = replace(config, seconds=100.0, runs=config.runs[:2])
+    title = "unseen, of 100: top-1"
+    results = {
+        name: {seed: replace(r, further={title: 0.3 + 0.1 * seed}) for seed, r in results[name].items()}
+        for name in ("baseline", "fast")
+    }
+    figure = Figure()
+    _draw_equal_time(figure, Study(Path("hand.yaml"), config, []), results)
+    accuracy, unseen = figure.axes
+    assert [bar.get_width() for bar in accuracy.patches] == pytest.approx([12.0, 11.5])
+    assert [bar.get_width() for bar in unseen.patches] == pytest.approx([40.0, 40.0])
+    assert accuracy.get_xlabel() == "zero-shot top-1 on test, %" and title in unseen.get_xlabel()
+    drawn = figure.axes[0].get_yticklabels()
+    assert [label.get_text() for label in drawn] == ["baseline", "the fast one"]
+    results["fast"][0] = replace(results["fast"][0], further={})
+    without = Figure()
+    _draw_equal_time(without, Study(Path("hand.yaml"), config, []), results)
+    assert len(without.axes) == 1, "a run without unseen concepts leaves nothing to compare"
 
 
 def test_a_partial_study_says_what_is_missing(measured):
