@@ -60,7 +60,7 @@ class StudyConfig:
     seconds: float = 0.0
     # Without `seconds`, the aim: a run may be this many points of top-1 below the baseline …
     aim_points: float = 1.0
-    aim_ratio: float = 6.0  # … in this many times less training time
+    aim_ratio: float = 6.0  # … in this many times less training time; 0: the study has no aim
     output: str = "runs/study"  # run folders
     report: str = "studies/study.md"  # the table; the plot lies beside it
     runs: list[RunSpec] = field(default_factory=list)

@@ -49,7 +49,7 @@ def _draw_over_time(figure: "Figure", study: Study, results: Results) -> None:
             marker=markers[number % len(markers)], markersize=8, label=row.label,
         )  # fmt: skip
     base = next((row for row in rows if row.name == config.baseline and row.size == config.image_size), None)
-    if base:
+    if base and config.aim_ratio:
         time, points = base.seconds.mean / config.aim_ratio, base.accuracy[config.split][0].mean - config.aim_points
         label = f"aim: within {config.aim_points:g} point(s), {config.aim_ratio:g}x less time"
         axes.axvline(time, color="grey", linestyle=":", linewidth=1, label=label)

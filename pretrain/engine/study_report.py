@@ -129,9 +129,9 @@ def verdict(config: StudyConfig, rows: list[Row]) -> str:
     """Which runs meet the aim; else the most accurate that is fast enough, and the fastest accurate enough.
 
     Said twice where runs were judged at sizes of their own: at the study's size, and at any (smaller images also cost
-    less to use). A study of equal time has no such aim: its rows in order instead.
+    less to use). A study of equal time, or without an aim, has its rows in order instead.
     """
-    if config.seconds:
+    if config.seconds or not config.aim_ratio:
         return _order(config, rows)
     aim = (
         f"Aim: at most {config.aim_points:g} point(s) of top-1 on {config.split} below {config.baseline} at "
@@ -151,7 +151,8 @@ def _order(config: StudyConfig, rows: list[Row]) -> str:
     """All rows by their top-1, best first."""
     found = sorted(((row.accuracy[config.split][0], row.label) for row in rows), key=lambda pair: -pair[0].mean)
     listed = "; ".join(f"{number}. {label} {top1.text()}" for number, (top1, label) in enumerate(found, start=1))
-    return f"By top-1 on {config.split}, after the same training time: {listed}."
+    same = ", after the same training time" if config.seconds else ""
+    return f"By top-1 on {config.split}{same}: {listed}."
 
 
 def _verdict_of(config: StudyConfig, compared: list[Row]) -> list[str]:

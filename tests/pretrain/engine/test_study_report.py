@@ -93,6 +93,8 @@ def test_a_study_of_equal_time_has_an_order_and_no_aim(measured):
     order = verdict(equal, make_rows(equal, results))
     places = [order.index(text) for text in ("1. baseline 12.0 ± 2.0", "2. the fast one 11.5 ± 3.5", "3. odd 5.0")]
     assert places == sorted(places) and "aim" not in order.lower()
+    without = replace(config, aim_ratio=0.0)
+    assert verdict(without, make_rows(without, results)) == order.replace(", after the same training time", "")
 
 
 def test_the_plot_of_equal_time_has_a_bar_of_the_right_length_for_every_run(measured):
