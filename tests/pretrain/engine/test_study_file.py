@@ -13,6 +13,7 @@ from pretrain.engine.study_file import choose
 ROOT = Path(__file__).resolve().parents[3]
 # Detector studies, which have a `kind`, are another half's.
 CHECKED_IN = [p for p in sorted((ROOT / "configs" / "studies").glob("*.yaml")) if "\nkind:" not in p.read_text()]
+EQUAL_STEPS = ROOT / "configs/studies/objectives_steps_mini.yaml"
 
 
 def test_one_seed_of_everything_comes_first(make_study):
@@ -58,7 +59,28 @@ def test_unknown_runs_and_files_are_named(make_study, tmp_path):
         load_study(tmp_path / "tinny.yaml")
 
 
-@pytest.mark.parametrize("path", CHECKED_IN, ids=lambda path: path.name)
+def test_the_study_of_equal_steps_gives_every_objective_the_same_steps_of_the_same_pairs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    jobs = {job.spec.name: job for job in load_study(EQUAL_STEPS).jobs}
+    timed = load_study(ROOT / "configs/studies/objectives_mini.yaml", timed=False)
+    curriculum = next(job.config.phases for job in timed.jobs if job.spec.name == "info_nce_reclip")
+    assert len({job.config.objective.name for job in jobs.values()}) == 4
+    for phases in (
+        [jobs[name].config.phases for name in ("info_nce", "distillation", "otter", "clip_rocket")],
+        [jobs[name].config.phases for name in ("info_nce_trained", "otter_trained")],
+    ):
+        assert all(own == phases[0] for own in phases)
+    own = jobs["info_nce"].config.phases
+    assert [(p.image_size, p.context_length, p.lr) for p in own] == [
+        (p.image_size, p.context_length, p.lr) for p in curriculum
+    ]
+    first = str(jobs["info_nce"].folder / "checkpoint")
+    assert all(jobs[name].config.model.init == first for name in ("info_nce_trained", "otter_trained"))
+    assert all(job.config.data == jobs["info_nce"].config.data for job in jobs.values())
+    assert all(job.config.optim == jobs["info_nce"].config.optim for job in jobs.values())
+
+
+@pytest.mark.parametrize("path", sorted(set(CHECKED_IN) - {EQUAL_STEPS}), ids=lambda path: path.name)
 def test_a_checked_in_study_compares_what_it_says(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = load_study(path, timed=False)
