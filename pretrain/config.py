@@ -1,10 +1,12 @@
 """The whole configuration of a pretraining run, as dataclasses: what is not here cannot be configured.
 
-A YAML file holds the fields that differ from the defaults; `parent:` names another YAML file to start from. Command
-line overrides are `key=value` with dots. An unknown field is an error that names the nearest known one.
+A YAML file holds the fields that differ from the defaults; `parent:` names another YAML file to start from, whose
+options of an objective or optimiser are not taken over by a file that names another one. Command line overrides are
+`key=value` with dots. An unknown field is an error that names the nearest known one.
 """
 
 import difflib
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -26,7 +28,9 @@ class ImageTowerConfig:
 
     timm_model: str = "vit_base_patch16_siglip_gap_224"  # average pooling, no class token
     layer_scale: float | None = None  # initial value where the model has LayerScale; None keeps timm's
-    pool: str = ""  # "": the timm model's own; avg: average over patches (a class token stays, as an unpooled register)
+    # "": timm's own, which must be the average; avg: average over patches (a class token stays, as an unpooled
+    # register); token: the class token, for models that have one.
+    pool: str = ""
 
 
 @dataclass
@@ -246,7 +250,12 @@ def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Any:
         raise ConfigError(f"{path}: parent is {parent!r}: it must be the name of a YAML file")
     if path.resolve() in children:
         raise ConfigError(f"{path} is its own parent, directly or through others: remove the line parent")
-    return OmegaConf.merge(_read_yaml(path.parent / parent, (*children, path.resolve())), node)
+    inherited = _read_yaml(path.parent / parent, (*children, path.resolve()))
+    for group in ("objective", "optim"):
+        name = OmegaConf.select(node, f"{group}.name")
+        if name and group in inherited and name != inherited[group].get("name"):
+            inherited[group].pop("options", None)  # they are the other one's
+    return OmegaConf.merge(inherited, node)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
@@ -266,7 +275,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Pretrai
             # A group replaces the group: {} clears what the file has, back to the defaults.
             OmegaConf.update(node, key, OmegaConf.create(f"value: {value}").value, merge=False)
         except Exception as error:  # OmegaConf's, the YAML parser's, and plain ones for a list index that is not there
-            raise ConfigError(f"override {override!r}: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            if re.match(r"phases\.\D", key):
+                reason = f"phases is a list, so give the place in it (from 0): {key.replace('.', '[0].', 1)}=…"
+            raise ConfigError(f"override {override!r}: {reason}") from error
     try:
         return config_from_dict(OmegaConf.to_container(node, resolve=True))
     except OmegaConfBaseException as error:
@@ -334,7 +346,7 @@ def validate(config: PretrainConfig) -> None:
         raise ConfigError(f"data.workers is {config.data.workers}: it must be at least 0, or null for the CPU cores")
     if not config.data.caption.templates or not config.evaluation.templates:
         raise ConfigError('data.caption.templates and evaluation.templates need at least one template; ["{}"] is plain')
-    _one_of("model.image.pool", config.model.image.pool, ("", "avg"))
+    _one_of("model.image.pool", config.model.image.pool, ("", "avg", "token"))
     _one_of("run.device", config.run.device, ("auto", "cpu", "cuda", "xla"))
     _one_of("run.precision", config.run.precision, ("auto", "fp32", "bf16"))
     _one_of("run.parallel", config.run.parallel, ("auto", "one", "ddp", "fsdp", "spmd", "processes"))

@@ -1,27 +1,44 @@
-"""Image-text pairs from a table (CSV or Parquet) and a folder of images."""
+"""Image-text pairs from a table (CSV or Parquet) and a folder of images; or the images of a folder, without texts."""
 
 import csv
 import multiprocessing
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from pretrain.config import ConfigError
-from pretrain.data.jpeg import JpegPicture, check_regular, open_file, open_picture, unreadable, upright
+from pretrain.data.jpeg import (
+    JpegPicture,
+    check_regular,
+    open_file,
+    open_picture,
+    picture_endings,
+    unreadable,
+    upright,
+)
 
 
-def read_table(path: str | Path) -> list[dict[str, str]]:
+def read_table(path: str | Path, caption_reader: str = "a table of image-text pairs") -> list[dict[str, str]]:
     """The rows of a CSV or Parquet file with at least the columns `image`, and `caption` or `captions` ("a|b").
 
     A row with several captions and no `caption` of its own gets the first of them.
+
+    Args:
+        path: the file; or a folder, whose pictures are the rows.
+        caption_reader: what needs captions, for messages; empty: nothing does, and a table without that column, or a
+            folder, is taken: every row has an empty `caption`.
 
     Raises:
         ConfigError: if the file is missing, damaged, empty or lacks a column.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path, caption_reader)
     if not path.is_file():
         remedy = "; `python tools/prepare_data.py mini` makes the miniature" if "mini" in path.parts else ""
         raise ConfigError(f"no table of image-text pairs at {path}{remedy}")
@@ -37,13 +54,32 @@ def read_table(path: str | Path) -> list[dict[str, str]]:
     if not rows:
         raise ConfigError(f"{path} has no rows")
     several = "captions" in rows[0]
-    missing = {"image"} - rows[0].keys() if several else {"image", "caption"} - rows[0].keys()
+    missing = {"image"} - rows[0].keys() if several or not caption_reader else {"image", "caption"} - rows[0].keys()
     if missing:
-        raise ConfigError(f"{path} lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(rows[0])}")
-    if several:
-        for row in rows:
-            row["caption"] = row.get("caption") or next(iter(split_captions(row)), "")
+        reason = f": {caption_reader} needs captions" if "caption" in missing else ""
+        raise ConfigError(
+            f"{path} lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(rows[0])}{reason}"
+        )
+    for row in rows:
+        row["caption"] = row.get("caption") or (next(iter(split_captions(row)), "") if several else "")
     return rows
+
+
+def _read_folder(folder: Path, caption_reader: str) -> list[dict[str, str]]:
+    """A row for every picture in a folder and those below it, in the order of their names."""
+    if caption_reader:
+        raise ConfigError(
+            f"{folder} is a folder of images without captions: {caption_reader} needs captions; give a table with the "
+            "columns image and caption, or shards"
+        )
+    endings, names = picture_endings(), []
+    for place, below, files in tqdm(os.walk(folder, followlinks=True), "folders", delay=2.0, leave=False, disable=None):
+        below[:] = [name for name in below if not name.startswith(".")]
+        shown = [name for name in files if not name.startswith(".") and name.lower().endswith(endings)]
+        names += [os.path.relpath(os.path.join(place, name), folder) for name in shown]
+    if not names:
+        raise ConfigError(f"no picture in {folder} or below: files with {', '.join(endings[:8])} … count")
+    return [{"image": name, "caption": ""} for name in sorted(names)]
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
@@ -92,7 +128,8 @@ def select_split(rows: list[dict[str, str]], split: str | None, table: str) -> l
     chosen = [row for row in rows if row.get("split") == split]
     if not chosen:
         found = sorted({row.get("split") or "(none)" for row in rows})
-        raise ConfigError(f"{table} has no row with split {split!r}; its splits: {', '.join(found)}")
+        remedy = "; data.train_split=null trains on every row" if found == ["(none)"] else ""
+        raise ConfigError(f"{table} has no row with split {split!r}; its splits: {', '.join(found)}{remedy}")
     return chosen
 
 

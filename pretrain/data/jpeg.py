@@ -44,6 +44,12 @@ def picture_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+def picture_endings() -> tuple[str, ...]:
+    """Lower-case endings, with their dot, of the files of those formats."""
+    formats = picture_formats()
+    return tuple(ending for ending, name in Image.registered_extensions().items() if name in formats)
+
+
 def open_file(path: str | Path) -> Image.Image:
     """Open a picture file, with only its header read.
 

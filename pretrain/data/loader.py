@@ -70,7 +70,10 @@ class BatchPlan:
         self._per_epoch = len(plan_epoch(size, batch_size, seed, 0, groups))
         if self._per_epoch == 0:
             kinds = f" of {len(set(groups))} distinct values" if groups else ""
-            raise ConfigError(f"{size} rows{kinds} do not fill one batch of {batch_size}: lower phases.batch_size")
+            raise ConfigError(
+                f"{size} rows{kinds} do not fill one batch of {batch_size}: lower phases[0].batch_size, and that of "
+                "the other phases"
+            )
 
     def __len__(self) -> int:
         return max(0, self._steps - self._first)
@@ -94,7 +97,10 @@ class ShardPlan:
         self._part = rank * batch_size // world, (rank + 1) * batch_size // world
         self._per_epoch = len(order) // batch_size
         if self._per_epoch == 0:
-            raise ConfigError(f"{len(order)} pairs do not fill one batch of {batch_size}: lower phases.batch_size")
+            raise ConfigError(
+                f"{len(order)} pairs do not fill one batch of {batch_size}: lower phases[0].batch_size, and that of "
+                "the other phases"
+            )
 
     def __len__(self) -> int:
         return max(0, self._steps - self._first)
@@ -117,7 +123,7 @@ class TrainingPairs(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor | str]:
         """Images (3, S, S) and texts by batch key. A pair that cannot be used is counted and the next row takes its
-        place: a batch keeps its size. OSError if none of many rows can be read."""
+        place: a batch keeps its size. OSError if none of many rows can be used."""
         epoch, index = key
         attempts = min(len(self._source), _MOST_FAILURES)
         for row_number in range(index, index + attempts):
@@ -128,7 +134,8 @@ class TrainingPairs(Dataset):
                 return self._views(image, row, rng)
             except OSError as error:
                 self._source.count_left_out(row_number, error)
-        raise OSError(f"none of {attempts} images in a row can be read; {self._source.remedy}")
+                last = error
+        raise OSError(f"none of {attempts} samples in a row can be used, the last: {last}; {self._source.remedy}")
 
 
 class _Collate:

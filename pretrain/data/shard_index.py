@@ -21,28 +21,48 @@ from pretrain.atomic import replacing
 from pretrain.cores import local_place, own_cores
 
 _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2  # 1 had no samples without text
 BLOCK = 512  # bytes of a tar header, and what members are padded to
 _READING_THREADS = 8  # kept indices are small files: reading them is waiting for the disk
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the members of a shard's pairs are.
+    """Where the members of a shard's samples are.
 
     Attributes:
         members: (N, 6) int64: offset and size in bytes of the image, KEY.txt and KEY.json; size -1 for an absent one.
-        incomplete: keys without an image, or with neither text nor JSON.
-        cut: the file ends before the archive does, or is no tar file; pairs past the end are in no count.
+            Every sample with an image is there, so that one index serves training with and without captions.
+        without_image: keys that have none.
+        cut: the file ends before the archive does, or is no tar file; samples past the end are in no count.
     """
 
     members: np.ndarray
-    incomplete: int
+    without_image: int
+    cut: bool
+
+    def pairs(self) -> np.ndarray:
+        """(P, 6): the members of samples that also have a text or JSON."""
+        return self.members[self.members[:, [3, 5]].max(1) >= 0]
+
+    def counts(self) -> "ShardCounts":
+        """How many there are of what."""
+        return ShardCounts(len(self.members), len(self.pairs()), self.without_image, self.cut)
+
+
+@dataclass(frozen=True)
+class ShardCounts:
+    """What an index says without its members: samples with an image, those of them with text or JSON, keys without
+    image, and whether the file is cut off."""
+
+    images: int
+    pairs: int
+    without_image: int
     cut: bool
 
 
 def scan_shard(path: Path) -> ShardIndex:
-    """Read a shard's headers; its pairs in the order of their first members."""
+    """Read a shard's headers; its samples in the order of their first members."""
     size = path.stat().st_size
     keys: dict[str, list[int]] = {}
     with path.open("rb") as file:
@@ -63,9 +83,8 @@ def scan_shard(path: Path) -> ShardIndex:
         file.seek(min(end, size))
         # An archive ends with zeros; where something else or nothing follows the last member, the rest is missing.
         cut = file.read(BLOCK) != bytes(BLOCK)
-    complete = [row for row in keys.values() if row[1] > 0 and max(row[3], row[5]) >= 0]
-    members = np.array(complete, np.int64).reshape(-1, 6)
-    return ShardIndex(members, len(keys) - len(complete), cut)
+    members = np.array([row for row in keys.values() if row[1] > 0], np.int64).reshape(-1, 6)
+    return ShardIndex(members, len(keys) - len(members), cut)
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -103,7 +122,7 @@ def kept_index(path: Path) -> ShardIndex | None:
         try:
             with np.load(place, allow_pickle=False) as kept:
                 if np.array_equal(kept["stamp"], stamp):
-                    return ShardIndex(kept["members"], int(kept["incomplete"]), bool(kept["cut"]))
+                    return ShardIndex(kept["members"], int(kept["without_image"]), bool(kept["cut"]))
         except (OSError, ValueError, KeyError, EOFError):  # absent, or not ours
             continue
     return None
@@ -129,20 +148,11 @@ def _scan_and_keep(path: Path) -> ShardIndex:
     for place in _cache_places(path):
         try:
             with replacing(place) as temporary, temporary.open("wb") as file:
-                np.savez(file, stamp=stamp, members=index.members, incomplete=index.incomplete, cut=index.cut)
+                np.savez(file, stamp=stamp, members=index.members, without_image=index.without_image, cut=index.cut)
             break
         except OSError:  # read-only or full: the next place, or none
             continue
     return index
-
-
-@dataclass(frozen=True)
-class ShardCounts:
-    """What an index says without its members: pairs, keys that are none, and whether the file is cut off."""
-
-    pairs: int
-    incomplete: int
-    cut: bool
 
 
 class Together(Protocol):
@@ -206,9 +216,8 @@ def _count(paths: Sequence[Path], processes: int, quiet: bool) -> list[ShardCoun
 
 def _kept_counts(path: Path) -> ShardCounts | None:
     index = kept_index(path)
-    return None if index is None else ShardCounts(len(index.members), index.incomplete, index.cut)
+    return None if index is None else index.counts()
 
 
 def _scanned_counts(path: Path) -> ShardCounts:
-    index = _scan_and_keep(path)
-    return ShardCounts(len(index.members), index.incomplete, index.cut)
+    return _scan_and_keep(path).counts()

@@ -19,7 +19,7 @@ from PIL import Image
 from pretrain.config import ConfigError, DataConfig
 from pretrain.data.folder import LeftOut, WordFilter, read_words
 from pretrain.data.jpeg import JpegPicture, open_picture
-from pretrain.data.shard_index import BLOCK, Together, count_shards, load_index
+from pretrain.data.shard_index import BLOCK, ShardCounts, Together, count_shards, load_index
 from pretrain.parsing import parse_json
 
 _OPEN_SHARDS = 64  # per process: a descriptor and an index (48 bytes a pair) each
@@ -36,7 +36,7 @@ def expand_shards(pattern: str) -> list[Path]:
     try:
         from braceexpand import braceexpand  # comes with webdataset, the extra `shards`
     except ImportError as error:
-        raise ConfigError("data.shards needs the package braceexpand: pip install 'reclip-ovd[shards]'") from error
+        raise ConfigError("data.shards needs the package braceexpand: pip install -e '.[shards]'") from error
     for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
         if len(first) > 9 or len(last) > 9 or abs(int(last) - int(first)) > _MAX_SHARDS:
             raise ConfigError(f"data.shards: {{{first}..{last}}} names more than {_MAX_SHARDS:,} files; shorten it")
@@ -58,6 +58,8 @@ class ShardSource:
         withhold: pairs whose captions have one of these words are not used.
         together: training processes that index the shards together; all of them must make a source. None: one alone.
         processes: that scan shards without an index; None: this process's share of the cores.
+        caption_reader: what needs captions, for messages; empty: nothing does: every sample with an image counts, and
+            no text is read, so that nothing can be withheld.
 
     Raises:
         ConfigError: if there is no pair at all.
@@ -66,8 +68,9 @@ class ShardSource:
 
     def __init__(
         self, paths: Sequence[Path], caption_keys: Sequence[str] = ("txt",), withhold: Iterable[str] = (),
-        together: Together | None = None, processes: int | None = None,
+        together: Together | None = None, processes: int | None = None, caption_reader: str = "training",
     ):  # fmt: skip
+        self._caption_reader = caption_reader
         self._paths, self._caption_keys = list(paths), list(caption_keys)
         if not self._caption_keys:
             raise ConfigError('data.caption_keys is empty: ["txt"] reads KEY.txt, other names are fields of KEY.json')
@@ -75,28 +78,39 @@ class ShardSource:
         self._left_out = LeftOut(["broken", "without caption", "withheld"])
         self._opened: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
         counts = count_shards(self._paths, together, processes)
-        self.sizes = np.array([shard.pairs for shard in counts], np.int64)
+        self.sizes = np.array([shard.pairs if caption_reader else shard.images for shard in counts], np.int64)
         self._ends = np.cumsum(self.sizes)
-        cut = [path for path, shard in zip(self._paths, counts, strict=True) if shard.cut]
-        self.notes = self._describe(sum(shard.incomplete for shard in counts), cut)
+        self.notes = self._describe(counts)
         if not len(self):
             raise ConfigError("data.shards: " + "; ".join(self.notes))
-        self.remedy = "check data.shards and data.caption_keys"
+        self.remedy = "check data.shards"
+        if caption_reader:
+            self.remedy += f" and data.caption_keys ({caption_reader} needs captions)"
 
     @classmethod
-    def from_config(cls, config: DataConfig, together: Together | None = None) -> "ShardSource":
+    def from_config(
+        cls, config: DataConfig, together: Together | None = None, caption_reader: str = "training"
+    ) -> "ShardSource":
         """The shards of `data.shards`, without the pairs of `data.withhold`.
 
         Raises:
             ConfigError: for a pattern without files, a missing word list, or shards without pairs.
         """
         words = read_words(config.withhold) if config.withhold else []
-        return cls(expand_shards(config.shards), config.caption_keys, words, together)
+        return cls(expand_shards(config.shards), config.caption_keys, words, together, caption_reader=caption_reader)
 
-    def _describe(self, incomplete: int, cut: list[Path]) -> list[str]:
-        notes = [f"{self.sizes.sum()} pairs in {len(self._paths)} shards"]
-        if incomplete:
-            notes.append(f"{incomplete} samples of shards left out: no image, or neither text nor JSON")
+    def _describe(self, counts: Sequence[ShardCounts]) -> list[str]:
+        images, pairs = sum(shard.images for shard in counts), sum(shard.pairs for shard in counts)
+        without_image = sum(shard.without_image for shard in counts)
+        cut = [path for path, shard in zip(self._paths, counts, strict=True) if shard.cut]
+        notes = [f"{pairs} pairs in {len(counts)} shards"]
+        if not self._caption_reader:
+            notes = [f"{images} images in {len(counts)} shards, {pairs} of them with text or JSON"]
+        if without_image:
+            notes.append(f"{without_image} samples of shards left out: no image")
+        if self._caption_reader and pairs < images:
+            reason = f"neither text nor JSON, and {self._caption_reader} needs captions"
+            notes.append(f"{images - pairs} samples of shards left out: {reason}")
         if cut:
             notes.append(
                 f"{len(cut)} shards are cut off or damaged, for example {cut[0]}: what is whole in them is used, the "
@@ -122,7 +136,7 @@ class ShardSource:
             os.close(file)
 
     def read(self, index: int) -> tuple[Image.Image | JpegPicture, dict]:
-        """A picture and {"captions": list of texts}.
+        """A picture and {"captions": list of texts}, an empty list where nothing needs them.
 
         Raises:
             OSError: if the image is damaged, no caption is there, or one is withheld; the message names the pair.
@@ -130,7 +144,7 @@ class ShardSource:
         shard = int(np.searchsorted(self._ends, index, "right"))
         file, members = self._open(shard)
         image_at, image_size, *text = (int(n) for n in members[index - self._ends[shard]])  # counted from the end
-        captions = self._captions(shard, file, text, image_at)
+        captions = self._captions(shard, file, text, image_at) if self._caption_reader else []
         if self._withheld.matches(captions):
             raise _Withheld(f"{self._name(shard, file, image_at)}: a word of data.withhold")
         name = self._name(shard, file, image_at)
@@ -169,7 +183,8 @@ class ShardSource:
             self._opened.move_to_end(shard)
             return self._opened[shard]
         path = self._paths[shard]
-        members = load_index(path).members
+        index = load_index(path)
+        members = index.pairs() if self._caption_reader else index.members
         if len(members) != self.sizes[shard]:
             raise OSError(f"{path} changed during the run: it had {self.sizes[shard]} pairs, now {len(members)}")
         self._opened[shard] = os.open(path, os.O_RDONLY), members

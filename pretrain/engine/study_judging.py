@@ -18,6 +18,7 @@ from pretrain.evaluation.retrieval import CaptionedImages, evaluate_retrieval
 from pretrain.evaluation.zero_shot import classify, evaluate_zero_shot
 from pretrain.modeling.checkpoint import load_checkpoint
 from pretrain.modeling.clip import set_context_length, set_image_size
+from pretrain.objectives import caption_reader
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -34,7 +35,8 @@ def judged_encoder(config: PretrainConfig, checkpoint: Path, size: int) -> Encod
 
 def judged_pairs(config: PretrainConfig) -> Pairs:
     """The evaluation rows; nothing is kept in memory."""
-    return load_pairs(replace(config.data, preload=False, backgrounds=None), config.evaluation.splits)
+    data = replace(config.data, preload=False, backgrounds=None)
+    return load_pairs(data, config.evaluation.splits, caption_reader=caption_reader(config))
 
 
 def zero_shot(config: PretrainConfig, checkpoint: Path, size: int) -> dict[str, dict[str, float]]:

@@ -24,7 +24,7 @@ from pretrain.engine.run_folder import git_revision
 from pretrain.engine.step import TrainStep
 from pretrain.engine.study import Study, describe_machine
 from pretrain.modeling.clip import build_model
-from pretrain.objectives import build_objective
+from pretrain.objectives import build_objective, caption_reader
 
 _WARM_UP = 3  # steps: the first ones allocate, and the loader fills its queue
 
@@ -55,7 +55,9 @@ def time_study(study: Study, repeats: int = 3, steps: int = 8) -> Timing:
     with tqdm(total=repeats * len(phases), unit="measurement", desc="timing", disable=None) as bar:
         for _ in range(repeats):
             for key, (config, phase) in phases.items():
-                data = pairs.setdefault(repr(config.data), load_pairs(config.data, []))
+                reader = caption_reader(config)
+                loaded = load_pairs(config.data, [], caption_reader=reader)
+                data = pairs.setdefault(repr((config.data, reader)), loaded)
                 found[key].append(_seconds_per_step(config, phase, data, steps))
                 bar.update()
     timing = Timing(

@@ -34,7 +34,7 @@ from pretrain.evaluation.zero_shot import ZeroShotResult, evaluate_zero_shot
 from pretrain.modeling.checkpoint import initial_model, save_checkpoint
 from pretrain.modeling.clip import build_model, set_context_length, set_image_size
 from pretrain.modeling.head_file import save_heads
-from pretrain.objectives import Objective, build_objective
+from pretrain.objectives import Objective, build_objective, caption_reader
 
 
 class Trainer:
@@ -56,7 +56,7 @@ class Trainer:
         state = starting_state(folder, resume, self.processes, self.device)
         # Hosts of one program have no place to meet before it runs.
         together = None if self.processes.one_program else self.processes
-        self.data = load_pairs(config.data, config.evaluation.splits, together)
+        self.data = load_pairs(config.data, config.evaluation.splits, together, caption_reader(config))
         self.results: dict[str, dict[str, ZeroShotResult]] = {}
         self._first_phase, self._first_step, self._state = 0, 0, state
         changed = []

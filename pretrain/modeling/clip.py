@@ -1,4 +1,4 @@
-"""The two towers: a timm vision transformer (average pooling, no class token) and open_clip's text transformer.
+"""The two towers: a timm vision transformer (average pooling unless asked otherwise) and open_clip's text transformer.
 
 The object is open_clip's own `CustomTextCLIP`, so that a checkpoint of ours is a checkpoint of everyone's. This file
 builds it, and changes its image size and text length between phases.
@@ -10,7 +10,7 @@ from open_clip import CustomTextCLIP
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pretrain.config import ConfigError, ModelConfig
+from pretrain.config import ConfigError, ImageTowerConfig, ModelConfig
 from pretrain.modeling.position_embedding import resample_grid
 
 
@@ -55,29 +55,44 @@ def build_model(config: ModelConfig) -> CustomTextCLIP:
     """Freshly initialised towers.
 
     Raises:
-        ConfigError: if the image tower is not a plain vision transformer that averages over its patch tokens.
+        ConfigError: if the image tower is not a plain vision transformer that averages over its patch tokens, or, with
+            `pool` "token", has a class token.
     """
     definition = open_clip_config(config)
-    model = CustomTextCLIP(
-        embed_dim=definition["embed_dim"],
-        vision_cfg=definition["vision_cfg"],
-        text_cfg=definition["text_cfg"],
-        # On the CPU, also where the towers are to have no memory (the meta device).
-        init_logit_scale=torch.tensor(config.init_temperature, device="cpu").reciprocal().log().item(),
-    )
+    # On the CPU, also where the towers are to have no memory (the meta device).
+    logit_scale = torch.tensor(config.init_temperature, device="cpu").reciprocal().log().item()
+    towers = {name: definition[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
+    try:
+        model = CustomTextCLIP(**towers, init_logit_scale=logit_scale)
+    except AssertionError as error:
+        if "pool" not in str(error).lower():
+            raise
+        raise ConfigError(_no_such_pooling(config.image)) from error
     trunk = model.visual.trunk
-    if not isinstance(trunk, VisionTransformer) or trunk.global_pool != "avg" or trunk.pool_include_prefix:
-        raise ConfigError(
-            f"model.image.timm_model: {config.image.timm_model} is not an average-pooled vision transformer; timm's "
-            "names for those contain `_gap_` (for example vit_base_patch16_siglip_gap_224), and model.image.pool=avg "
-            "makes one of a model with a class token"
-        )
+    plain = isinstance(trunk, VisionTransformer)
+    averages = plain and trunk.global_pool == "avg" and not trunk.pool_include_prefix
+    # A class token must be asked for: RECLIP averages, and the detector reads most out of towers that do.
+    if not averages and not (plain and config.image.pool == "token" and trunk.cls_token is not None):
+        raise ConfigError(_no_such_pooling(config.image))
     if config.image.layer_scale is not None:
         # timm's small value suits very deep towers; a shallow one trained from scratch hardly moves with it.
         for name, parameter in trunk.named_parameters():
             if name.endswith((".ls1.gamma", ".ls2.gamma")):
                 nn.init.constant_(parameter, config.image.layer_scale)
     return model
+
+
+def _no_such_pooling(config: ImageTowerConfig) -> str:
+    if config.pool == "token":
+        return (
+            f"model.image.pool is token, but {config.timm_model} is not a plain vision transformer with a class token: "
+            "use one (for example vit_base_patch16_224), or another pooling"
+        )
+    return (
+        f"model.image.timm_model: {config.timm_model} is not an average-pooled vision transformer; timm's names for "
+        "those contain `_gap_` (for example vit_base_patch16_siglip_gap_224), and model.image.pool=avg makes one of a "
+        "model with a class token, which model.image.pool=token keeps"
+    )
 
 
 def set_image_size(model: CustomTextCLIP, size: int) -> None:

@@ -52,6 +52,19 @@ def passes_of(config: PretrainConfig, phase: PhaseConfig | None = None) -> Passe
     return objective.passes(options)
 
 
+def caption_reader(config: PretrainConfig) -> str:
+    """The first phase whose objective embeds texts, for messages; empty: none does, and images need no captions.
+
+    Raises:
+        ConfigError: as `build_objective`.
+    """
+    for phase in config.phases:
+        passes = passes_of(config, phase)
+        if passes.texts or passes.teacher_texts:
+            return f"phase {phase.name} ({config.objective_of(phase).name})"
+    return ""
+
+
 def _chosen(config: PretrainConfig, phase: PhaseConfig | None) -> tuple[type[Objective], Any]:
     chosen = config.objective_of(phase) if phase else config.objective
     if chosen.name not in OBJECTIVES:

@@ -19,6 +19,8 @@ from pretrain.modeling.head_encoder import Heads
 class Passes:
     """How often an objective runs towers over one pair in a step: what a plan of its cost needs to know.
 
+    Where no text is embedded at all, the data need no captions.
+
     Attributes:
         images: passes through the image tower that are trained.
         texts: passes through the text tower that are trained.

@@ -5,9 +5,12 @@ token; the teacher encodes the whole image. With s and f the tokens of both in t
 loss = - mean over the kept patches and the pooled token of cos(s_t, f_t).
 The pooled token is what each tower embeds an image by: its class token, or the average of its patches.
 
+The paper's student has a class token (`model.image.pool: token`).
+
 As the student lives in the teacher's joint space, it classifies with the teacher's text tower, which is why `model` has
-that one, frozen. No captions are read. Contrastive fine-tuning is a further phase with `info_nce` and its
-`fixed_temperature` at 0.01. The authors published no training code.
+that one, frozen. No captions are read: images without are trained on, where no other phase needs captions. Contrastive
+fine-tuning is a further phase with `info_nce` and its `fixed_temperature` at 0.01. The authors published no training
+code.
 """
 
 import math

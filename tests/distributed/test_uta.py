@@ -14,9 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.config import ImageTowerConfig, ModelConfig, OptimConfig, PhaseConfig, TextTowerConfig
 from pretrain.engine.device import Device
+from pretrain.engine.processes import Processes
 from pretrain.engine.step import TrainStep
 from pretrain.modeling.checkpoint import save_checkpoint
 from pretrain.modeling.clip import build_model
+from pretrain.modeling.masking import keep_reversed_blocks
+from pretrain.objectives import masked_features, uta
 from pretrain.objectives.masked_features import MaskedFeatures, MaskedFeaturesOptions
 from pretrain.objectives.uta import UTA, UTAOptions
 
@@ -25,6 +28,7 @@ CONFIG = ModelConfig(
     image=ImageTowerConfig("test_vit4", 1.0), text=TextTowerConfig(32, 2, 1, context_length=8), embed_dim=32
 )
 STEPS = 5
+SEED, STEP = 5, 3  # of the step whose masks are drawn twice
 # Programs that compile in a sixth of the time; the operations in them are the same.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
@@ -74,6 +78,39 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(run_processes, tea
     whole = loss_and_gradients(objective, objective, batch())
     assert any(name.startswith("model.visual") for name in whole) and not any("teacher" in name for name in whole)
     for result in run_processes(in_one_of_two, teacher):
+        assert result.keys() == whole.keys()
+        for name, expected in whole.items():
+            torch.testing.assert_close(result[name], expected, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def masked_step_of_two(teacher: str, kind: str) -> dict:
+    """One real step with what is drawn for it: the averaged loss and gradients."""
+    objective, rank = make(teacher, kind, 0.4), dist.get_rank()
+    phase = PhaseConfig(batch_size=8, lr=0.1, warmup_steps=0)
+    optim, processes = OptimConfig(name="sgd", weight_decay=0.0), Processes(rank, 2, rank, "torch")
+    step = TrainStep(objective, phase, optim, Device("cpu"), processes, seed=SEED)
+    loss = step({"image": batch()["image"].chunk(2)[rank]}, STEP)["loss"].detach()
+    dist.all_reduce(loss)
+    return {"loss": loss / 2, **{n: p.grad for n, p in objective.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize(("kind", "drawn"), [("uta", 10), ("masked_features", 6)])
+def test_two_processes_with_masks_of_their_own_are_one_with_both(run_processes, teacher, monkeypatch, kind, drawn):
+    """What a process draws follows from seed, step, its rank and the piece: here it is drawn again, for one process.
+
+    Of 16 patches UTA keeps 10, and masked features hides 6.
+    """
+    masks = []
+    for rank in range(2):
+        Device("cpu").seed(SEED, STEP, rank, 0)
+        masks.append(keep_reversed_blocks(4, (4, 4), drawn, "cpu"))
+    assert not torch.equal(*masks)
+    for module in (uta, masked_features):
+        monkeypatch.setattr(module, "keep_reversed_blocks", lambda batch, grid, keep, device: torch.cat(masks))
+    objective = make(teacher, kind, 0.4)
+    whole = loss_and_gradients(objective, objective, batch())
+    assert ("mask_token" in whole) == (kind == "masked_features")
+    for result in run_processes(masked_step_of_two, teacher, kind):
         assert result.keys() == whole.keys()
         for name, expected in whole.items():
             torch.testing.assert_close(result[name], expected, atol=1e-6, rtol=1e-4, msg=name)

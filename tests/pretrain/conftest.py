@@ -1,6 +1,9 @@
 """Fixtures for the pretraining half: tiny towers, a generated table of drawings, and runs made of them."""
 
 import csv
+import io
+import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +72,42 @@ def pairs_table(tmp_path_factory) -> Path:
     with (root / "pairs.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["image", "caption", "keywords", "concept", "split"], *rows])
     return root / "pairs.csv"
+
+
+def _write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def write_shard() -> Callable[[Path, dict[str, bytes]], Path]:
+    """A function that writes members by name as a tar file, and returns its path."""
+    return _write_shard
+
+
+@pytest.fixture(params=["no column", "empty captions", "folder", "shard", "shard with other JSON"])
+def images_alone(request, tmp_path) -> tuple[str, dict]:
+    """Twelve pictures without captions, in each form that there is: its name and the fields of `data` that read it."""
+    place = tmp_path / "alone"
+    names = [f"{colour}/{shape}.png" for colour in COLOURS for shape in SHAPES]
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        draw_concept(Path(name).stem, COLOURS[Path(name).parent.name], 48, 2).save(place / name)
+    data = {"train_split": None, "unique_by": None}
+    if request.param == "folder":
+        return request.param, {**data, "table": str(place)}
+    if request.param.startswith("shard"):
+        members = {f"{number:04}.png": (place / name).read_bytes() for number, name in enumerate(names)}
+        if request.param.endswith("JSON"):
+            members |= {f"{number:04}.json": json.dumps({"label": 3}).encode() for number in range(len(names))}
+        return request.param, {**data, "shards": str(_write_shard(tmp_path / "alone.tar", members))}
+    header, end = ("image", "") if request.param == "no column" else ("image,caption", ", ")
+    (place / "images.csv").write_text("\n".join([header, *(name + end for name in names)]) + "\n")
+    return request.param, {**data, "table": str(place / "images.csv")}
 
 
 def _run_config_maker(pairs_table: Path, root: Path) -> Callable[..., PretrainConfig]:

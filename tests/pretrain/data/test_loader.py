@@ -53,7 +53,7 @@ def test_a_resumed_plan_is_the_tail_of_the_full_plan(first, grouped):
 
 
 def test_too_few_rows_or_groups_for_a_batch_are_refused():
-    with pytest.raises(ConfigError, match="3 rows do not fill one batch of 4: lower phases.batch_size"):
+    with pytest.raises(ConfigError, match=r"3 rows do not fill one batch of 4: lower phases\[0\].batch_size"):
         BatchPlan(3, 4, 0, 0, 1, None)
     with pytest.raises(ConfigError, match="8 rows of 2 distinct values do not fill one batch of 4"):
         BatchPlan(8, 4, 0, 0, 1, ["a", "b"] * 4)

@@ -102,7 +102,7 @@ def test_long_names_folders_and_endings_are_understood(tmp_path):
     index = scan_shard(write_tar(tmp_path / "x.tar", members))
     pairs = ShardSource([tmp_path / "x.tar"])
     assert [pairs.read(i)[1]["captions"] for i in range(len(pairs))] == [["long"], ["short"]]
-    assert index.incomplete == 1 and not index.cut  # README; hidden files count for nothing
+    assert index.without_image == 1 and not index.cut  # README; hidden files count for nothing
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_a_cut_shard_gives_its_whole_pairs_and_says_so(folder, pattern, kept):
     complete = [r for r in whole.members.tolist() if max(r[0] + r[1], r[2] + r[3]) <= end]
     found = scan_shard(path)
     assert found.cut
-    assert found.members[:, :4].tolist() == [r[:4] for r in complete]  # of the last one the JSON may be missing
+    assert found.pairs()[:, :4].tolist() == [r[:4] for r in complete]  # of the last one the JSON may be missing
     pairs = source(pattern)
-    assert len(pairs) == 13 + len(found.members)
+    assert len(pairs) == 13 + len(found.pairs())
     assert any("1 shards are cut off or damaged" in note and "00001.tar" in note for note in pairs.notes)
     for i in range(len(pairs)):
         pairs.read(i)[0].resize((2, 2))
@@ -162,12 +162,12 @@ def test_a_damaged_header_in_the_middle_is_noticed(folder):
     content[third : third + 512] = b"\xff" * 512
     path.write_bytes(content)
     index = scan_shard(path)
-    assert index.cut and len(index.members) == 2
+    assert index.cut and len(index.members) == len(index.pairs()) == 2
 
 
 def test_shards_without_any_pair_are_refused(tmp_path):
     write_tar(tmp_path / "a.tar", {"x.jpg": jpeg(1), "y.txt": b"alone"})
-    with pytest.raises(ConfigError, match="0 pairs in 1 shards; 2 samples of shards left out"):
+    with pytest.raises(ConfigError, match="0 pairs in 1 shards; 1 samples .*: no image; 1 samples .*: neither text"):
         ShardSource([tmp_path / "a.tar"])
 
 
@@ -261,7 +261,7 @@ def test_the_command_indexes_and_counts_and_says_where_nothing_can_be_kept(folde
     assert main(["shards", pattern, "--processes", "2"]) == 0
     assert {path.name for path in folder.glob(".*.npz")} == {f".{n:05d}.tar.index.npz" for n in range(4)}
     printed = capsys.readouterr().out
-    assert "13 pairs in 4 shards" in printed and "1 shards are cut off" in printed
+    assert "13 images in 4 shards, 13 of them with text or JSON" in printed and "1 shards are cut off" in printed
     monkeypatch.setattr(shard_index, "_cache_places", lambda path: [])
     assert main(["shards", pattern, "--processes", "1"]) == 1
     assert "error: the indices of 4 shards cannot be kept" in capsys.readouterr().err
@@ -381,7 +381,7 @@ def test_broken_samples_are_counted_and_replaced(folder, pattern, capfd):
 
 def test_only_unusable_pairs_stop_with_the_settings_to_check(tmp_path):
     write_tar(tmp_path / "a.tar", {f"{i}.{e}": b"x" for i in range(6) for e in ("jpg", "txt")})
-    with pytest.raises(OSError, match="none of 6 images in a row can be read; check data.shards"):
+    with pytest.raises(OSError, match="none of 6 samples in a row can be used, the last: .*; check data.shards"):
         batches(str(tmp_path / "a.tar"))
 
 

@@ -1,10 +1,12 @@
-"""Layer-wise learning rates by hand, and LAMB's first step by its formula."""
+"""Layer-wise learning rates by hand, and LAMB's steps by its formula."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from pretrain.config import ConfigError, OptimConfig, PhaseConfig
+from pretrain.config import ConfigError, OptimConfig, PhaseConfig, load_config
 from pretrain.engine.device import Device
 from pretrain.engine.optim import build_optimizer
 from pretrain.engine.step import TrainStep
@@ -97,3 +99,38 @@ def test_lambs_first_step_is_the_formula_by_hand():
     expected = torch.tensor([[3.0, 0.0], [0.0, 4.0]]) - 0.1 * trust * update
     torch.testing.assert_close(objective.model["matrix"].detach(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(objective.model["vector"].detach(), torch.tensor([1.9]), atol=1e-5, rtol=1e-5)
+
+
+def naive_lamb(weights, gradients_of_steps, decays, lr):
+    """LAMB (arXiv 1904.00962, algorithm 2) with corrected moments; all gradients first scaled to a norm of 1 at most.
+
+    Trust, the ratio of the norms of weights and update, is for what is decayed only, as in timm.
+    """
+    weights = [w.clone().double() for w in weights]
+    first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
+    for step, gradients in enumerate(gradients_of_steps, start=1):
+        norm = sum(float((g.double() ** 2).sum()) for g in gradients) ** 0.5
+        for i, gradient in enumerate(gradients):
+            g = gradient.double() / max(norm, 1.0)
+            first[i] = 0.9 * first[i] + 0.1 * g
+            second[i] = 0.999 * second[i] + 0.001 * g * g
+            update = first[i] / (1 - 0.9**step) / ((second[i] / (1 - 0.999**step)).sqrt() + 1e-6)
+            update += decays[i] * weights[i]
+            trust = weights[i].norm() / update.norm() if decays[i] else 1.0
+            weights[i] -= lr * trust * update
+    return weights
+
+
+def test_the_optimiser_of_utas_fine_tuning_is_lamb_by_its_formula():
+    """Three steps of what uta_b16.yaml configures, one of them with gradients that are too long."""
+    preset = Path(__file__).resolve().parents[3] / "configs/pretrain/uta_b16.yaml"
+    optim = load_config(preset).phases[1].optim
+    objective = Weighted()
+    before = [objective.model[name].detach().clone() for name in ("matrix", "vector")]
+    step = TrainStep(objective, PhaseConfig(lr=0.1, warmup_steps=0, batch_size=2), optim, Device("cpu"))
+    by = [torch.tensor([[0.5, 0.3], [-0.2, 0.1]]), torch.tensor([[9.0, -4.0], [2.0, 7.0]]), torch.full((2, 2), 0.1)]
+    for matrix in by:  # all at the peak rate
+        step({"by": matrix}, 0)
+    wanted = naive_lamb(before, [[matrix, torch.tensor([0.1])] for matrix in by], [optim.weight_decay, 0.0], 0.1)
+    for name, expected in zip(("matrix", "vector"), wanted, strict=True):
+        torch.testing.assert_close(objective.model[name].detach().double(), expected, atol=1e-5, rtol=1e-5)

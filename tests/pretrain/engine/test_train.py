@@ -310,7 +310,7 @@ def test_the_remedy_of_a_diverged_run_works(run_config, monkeypatch, capsys):
     ("phase", "message"),
     [
         ({"image_size": 40}, r"phases\[1\].image_size 40 is not a multiple of the patch size 16: use 32"),
-        ({"batch_size": 13}, "36 rows of 12 distinct values do not fill one batch of 13: lower phases.batch_size"),
+        ({"batch_size": 13}, r"36 rows of 12 distinct values do not fill one batch of 13: lower phases\[0\]"),
     ],
 )
 def test_a_later_phase_that_cannot_run_is_refused_at_the_start(run_config, phase, message):

@@ -8,6 +8,7 @@ import torch
 
 from pretrain.config import ConfigError, ImageTowerConfig, ModelConfig, TextTowerConfig
 from pretrain.data.tokenizer import build_tokenizer
+from pretrain.modeling.checkpoint import load_checkpoint, save_checkpoint
 from pretrain.modeling.clip import build_model, native_image_size, set_context_length, set_image_size
 
 
@@ -109,3 +110,27 @@ def test_pool_avg_makes_an_average_pooled_tower_of_a_model_with_a_class_token():
     tokens = visual.trunk.forward_features(images)
     assert tokens.shape == (1, 1 + 196, 384)
     torch.testing.assert_close(visual(images), visual.head(tokens[:, 1:].mean(1)))
+
+
+@torch.no_grad()
+def test_pool_token_embeds_images_by_the_class_token_and_open_clip_reads_it_so(tmp_path):
+    config = ModelConfig(
+        image=ImageTowerConfig(timm_model="test_vit", pool="token"),
+        text=TextTowerConfig(width=32, heads=2, layers=1, context_length=8), embed_dim=32,
+    )  # fmt: skip
+    visual = build_model(config).eval().visual
+    images = torch.rand(2, 3, 160, 160)
+    torch.testing.assert_close(visual(images), visual.head(visual.trunk.forward_features(images)[:, 0]))
+    model = build_model(config).eval()
+    set_image_size(model, 64)
+    loaded = load_checkpoint(save_checkpoint(tmp_path / "checkpoint", model, config)).model
+    assert loaded.visual.trunk.global_pool == "token"
+    small = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(loaded.encode_image(small), model.encode_image(small))
+
+
+@pytest.mark.parametrize("name", ["test_vit4", "vit_base_patch16_siglip_gap_224", "vit_base_patch16_rope_224"])
+def test_pool_token_needs_a_plain_tower_with_a_class_token(name):
+    image = ImageTowerConfig(timm_model=name, pool="token")
+    with pytest.raises(ConfigError, match=f"model.image.pool is token, but {name} is not a plain .* class token"):
+        build_model(ModelConfig(image=image, text=TextTowerConfig(width=32, heads=2, layers=1)))

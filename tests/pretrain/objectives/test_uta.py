@@ -250,14 +250,48 @@ def test_open_clips_own_tower_with_a_class_token_teaches(model_config, tmp_path)
     torch.testing.assert_close(objective.model.encode_text(words), native.encode_text(words))
 
 
-def test_a_student_with_a_class_token_aligns_it(model_config, teacher):
-    definition = open_clip_config(model_config)
-    vision = {**definition["vision_cfg"], "timm_model_name": "test_vit", "timm_pool": "token"}
-    torch.manual_seed(0)
-    student = open_clip.CustomTextCLIP(32, vision, definition["text_cfg"])
-    objective = UTA(student, model_config, UTAOptions(teacher=teacher))
+def with_class_token(model_config):
+    return replace(model_config, image=ImageTowerConfig("test_vit", pool="token"))
+
+
+def tokens_in_the_joint_space(visual, picture: torch.Tensor, kept: list[int]) -> list[torch.Tensor]:
+    """Of a tower with a class token: the image's embedding, then those of the kept patches, by the tower's parts."""
+    trunk = visual.trunk
+    patches = trunk.patch_embed.proj(picture[None])[0].flatten(1).T
+    rows = [trunk.cls_token[0, 0] + trunk.pos_embed[0, 0]]
+    rows += [patches[i] + trunk.pos_embed[0, 1 + i] for i in kept]
+    return list(visual.head(trunk.norm(trunk.blocks(torch.stack(rows)[None])))[0])
+
+
+@torch.no_grad()
+def test_a_class_token_is_aligned_with_the_teachers_and_patches_with_patches(model_config, tmp_path, monkeypatch):
+    """By a double loop over images and tokens; the teacher has a class token, too, as the paper's."""
+    kept = [1, 2, 6, 7, 8, 11, 12, 13, 14, 15]
+    keeping(monkeypatch, kept)
+    config = with_class_token(model_config)
+    torch.manual_seed(5)
+    folder = str(save_checkpoint(tmp_path / "class_token", build_model(config), config))
+    objective = UTA(build_model(config), config, UTAOptions(teacher=folder))
     objective.enter_phase(PHASE)
-    objective(images())["loss"].backward()
+    objective.eval()
+    total, count, batch = 0.0, 0, images(3)
+    for picture in normalise(batch["image"]):
+        own = tokens_in_the_joint_space(objective.model.visual, picture, kept)
+        whole = tokens_in_the_joint_space(objective.teacher.visual, picture, list(range(16)))
+        for student, frozen in zip(own, [whole[0], *(whole[1 + i] for i in kept)], strict=True):
+            total -= float(student @ frozen / student.norm() / frozen.norm())
+            count += 1
+    assert count == 33
+    assert float(objective(batch)["loss"]) == pytest.approx(total / count, abs=1e-6)
+    torch.testing.assert_close(whole[0], objective.teacher.visual(picture[None])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_all_of_a_student_with_a_class_token_trains(model_config, teacher):
+    """With a teacher that averages: the class token learns that average."""
+    config = with_class_token(model_config)
+    objective = UTA(build_model(config), config, UTAOptions(teacher=teacher))
+    objective.enter_phase(PHASE)
+    objective.train()(images())["loss"].backward()
     assert objective.model.visual.trunk.cls_token.grad.any()
     idle = {n for n, p in objective.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
     assert idle == set()
