@@ -2,13 +2,14 @@
 2305.08675): a random resized crop, then colour jitter, grey, blur, solarisation and a flip, each with a probability.
 
 A cut-out is put on a background as in ordinary training (`transforms`), and the crop is one of that composition, drawn
-at its own resolution. Pixels stay uint8 RGB; normalisation is the objective's (CLIP's values, where the authors took
-ImageNet's). Texts are `text_views`'.
+at its own resolution. Pixels stay uint8 RGB. Different from the authors' code: normalisation is the objective's (CLIP's
+values for ImageNet's), and before a crop is resized it is reduced by a whole factor where it is over twice as large.
+Texts are `text_views`'.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -43,11 +44,22 @@ def strong_view() -> ViewStrength:
     )
 
 
+def asymmetric(strength: ViewStrength, number: int) -> ViewStrength:
+    """The published variant "as in BYOL" of augmented view `number`, from 1: half of the saturation jitter (0.2); odd
+    views always blurred and never solarised, even ones seldom blurred (.1) and sometimes solarised (.2)."""
+    brightness, contrast, saturation, hue = strength.jitter
+    blur, solarize = (1.0, 0.0) if number % 2 else (0.1, 0.2)
+    jitter = [brightness, contrast, saturation / 2, hue]
+    return replace(strength, jitter=jitter, blur_probability=blur, solarize_probability=solarize)
+
+
 def check_strength(strength: ViewStrength, where: str) -> None:
     """Raise ConfigError for a value that no view can be drawn with; `where` is the field's name."""
-    low, high = strength.crop_scale
-    if not 0 < low <= high <= 1:
-        raise ConfigError(f"{where}.crop_scale is {strength.crop_scale}: give shares of the area, 0 < low <= high <= 1")
+    scale, sigma = strength.crop_scale, strength.blur_sigma
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        raise ConfigError(
+            f"{where}.crop_scale is {scale}: give two shares of the area, [low, high] with 0 < low <= high <= 1"
+        )
     if len(strength.jitter) != 4 or min(strength.jitter) < 0 or strength.jitter[3] > 0.5:
         raise ConfigError(
             f"{where}.jitter is {strength.jitter}: give brightness, contrast, saturation and hue, none negative and "
@@ -56,9 +68,8 @@ def check_strength(strength: ViewStrength, where: str) -> None:
     for name in ("flip", "jitter", "grey", "blur", "solarize"):
         if not 0 <= (value := getattr(strength, f"{name}_probability")) <= 1:
             raise ConfigError(f"{where}.{name}_probability is {value}: it must be in 0 to 1")
-    low, high = strength.blur_sigma
-    if not 0 < low <= high:
-        raise ConfigError(f"{where}.blur_sigma is {strength.blur_sigma}: give pixels, 0 < low <= high")
+    if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1]:
+        raise ConfigError(f"{where}.blur_sigma is {sigma}: give two widths in pixels, [low, high], 0 < low <= high")
 
 
 def crop_box(width: int, height: int, scale: Sequence[float], rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -103,7 +114,7 @@ class StrengthView(TrainingView):
         else:
             photo = image if image.mode == "RGB" else image.convert("RGB")
             box = crop_box(photo.width, photo.height, self.strength.crop_scale, rng)
-            # The authors' filter for the weak view; nothing is said of the strong one.
+            # The authors' filter, for both strengths.
             view = photo.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
         return to_tensor(self._distort(view, rng))
 

@@ -1,7 +1,12 @@
 """Weak and strong caption views as clip-rocket draws them (arXiv 2305.08675): stop words dropped; in the strong view
-also exactly one operation of EDA ("Easy Data Augmentation", arXiv 1901.11196): synonyms, swaps or deletions.
+also exactly one operation of EDA ("Easy Data Augmentation", arXiv 1901.11196): a synonym, a swap or deletions.
 
-A caption is split at white space; a caption is never left empty. Templates and keywords are `text_augment`'s.
+The stop words, the weights of the operations and how much each does are those of the authors' code, which calls EDA by
+the package textaugment. Different from it: a caption is split at white space, where NLTK's tokeniser parts punctuation
+too (so a stop word's punctuation goes with it, and what sticks to a word moves with it); a swap always takes two
+different words, where textaugment, in one of L³ captions of L words, finds none and leaves the caption.
+
+A caption is never left empty. Templates and keywords are `text_augment`'s.
 """
 
 from collections.abc import Mapping
@@ -14,16 +19,19 @@ from open_clip.tokenizer import basic_clean, whitespace_clean
 from pretrain.config import CaptionConfig, ConfigError
 from pretrain.data.text_augment import training_caption
 
-# English words that carry grammar, not content.
+# NLTK's English list, 179 words: PostgreSQL's of 127, and what contractions are made of.
 STOP_WORDS = frozenset(
     """
-    a about above after again against all also am an and any are as at be because been before being below between both
-    but by can could did do does doing down during each either else ever few for from further had has have having he her
-    here hers herself him himself his how i if in into is it its itself just me might more most must my myself neither
-    no nor not of off on once only or other ought our ours ourselves out over own same shall she should so some such
-    than that the their theirs them themselves then there these they this those through to too under until up upon us
-    very was we were what when where which while who whom whose why will with within without would you your yours
-    yourself yourselves
+    i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it
+    its itself they them their theirs themselves what which who whom this that these those am is are was were be been
+    being have has had having do does did doing a an the and but if or because as until while of at by for with about
+    against between into through during before after above below to from up down in out on off over under again further
+    then once here there when where why how all any both each few more most other some such no nor not only own same so
+    than too very s t can will just don should now
+
+    ain aren couldn d didn doesn hadn hasn haven isn ll m ma mightn mustn needn o re shan shouldn ve wasn weren won
+    wouldn y aren't couldn't didn't doesn't don't hadn't hasn't haven't isn't it's mightn't mustn't needn't shan't she's
+    should've shouldn't that'll wasn't weren't won't wouldn't you'd you'll you're you've
     """.split()
 )
 
@@ -39,8 +47,9 @@ class TextViewOptions:
     """How both caption views are made; the defaults are the published ones."""
 
     stop_word_probability: float = 0.8  # chance that a caption loses its stop words (all of them: one draw)
-    eda_share: float = 0.1  # words that the EDA operation touches, at least one; deletion: each word's chance
-    clean: bool = False  # first repair encoding and HTML entities, and make lower case
+    eda_words: int = 1  # words replaced by synonyms, or swaps made
+    deletion_probability: float = 0.1  # each word's, where deletion is drawn
+    repair: bool = False  # first repair encoding and HTML entities, and make lower case
     captions: str = "multi"  # multi: each view draws one of the row's captions; single: all views have the same one
     # A file of lines word<TAB>synonym|synonym (`tools/prepare_data.py synonyms` makes WordNet's); None: none are known.
     synonyms: str | None = None
@@ -49,9 +58,11 @@ class TextViewOptions:
 
 def check_text_options(options: TextViewOptions, where: str) -> None:
     """Raise ConfigError for a value that cannot work; `where` is the group's name."""
-    for name in ("stop_word_probability", "eda_share"):
+    for name in ("stop_word_probability", "deletion_probability"):
         if not 0 <= (value := getattr(options, name)) <= 1:
             raise ConfigError(f"{where}.{name} is {value}: it must be in 0 to 1")
+    if options.eda_words < 1:
+        raise ConfigError(f"{where}.eda_words is {options.eda_words}: it must be at least 1")
     if options.captions not in ("multi", "single"):
         raise ConfigError(f"{where}.captions is {options.captions!r}: use multi or single")
 
@@ -87,14 +98,21 @@ def drop_stop_words(words: list[str]) -> list[str]:
 def replace_synonyms(
     words: list[str], synonyms: Mapping[str, list[str]], count: int, rng: np.random.Generator
 ) -> list[str] | None:
-    """Up to `count` different words that have synonyms, each replaced by one of them; None if no word has any."""
-    places = [i for i, word in enumerate(words) if word.strip(_EDGES).lower() in synonyms]
-    if not places:
+    """Up to `count` different words that have synonyms, each replaced by one of them wherever it occurs; punctuation
+    around it stays. None if no word has any; stop words have none."""
+    cores = [word.strip(_EDGES) for word in words]
+    # A dictionary instead of a set: its order does not depend on the process.
+    known = [core for core in dict.fromkeys(cores) if core.lower() in synonyms and core.lower() not in STOP_WORDS]
+    if not known:
         return None
     replaced = list(words)
-    for place in rng.permutation(places)[:count]:
-        choices = synonyms[words[place].strip(_EDGES).lower()]
-        replaced[place] = choices[rng.integers(len(choices))]
+    for number in rng.permutation(len(known))[:count]:
+        choices = synonyms[known[number].lower()]
+        choice = choices[rng.integers(len(choices))]
+        for place, core in enumerate(cores):
+            if core == known[number]:
+                before, after = words[place].split(core, 1)
+                replaced[place] = before + choice + after
     return replaced
 
 
@@ -118,8 +136,9 @@ class TextView:
     """Make one caption view of a row.
 
     Where a synonym was drawn but no word has any: with `keywords_as_synonyms`, a keyword of the row that the caption
-    does not have takes the place of one of its words (keywords tell of the picture, though seldom of that word);
-    otherwise one of the other operations is drawn, with their own weights.
+    does not have takes the place of one of its words (keywords tell of the picture, though seldom of that word).
+    Otherwise the words stay as they are, as published; but without a list of synonyms, where that would be every time,
+    one of the other operations is drawn, with their own weights.
 
     Args:
         options: the strength.
@@ -140,7 +159,7 @@ class TextView:
         if self.options.captions == "single" and len(captions) > 1:
             row = {**row, "captions": [captions[_shared_draw(rng, len(captions))]]}
         text = training_caption(row, config=self.caption, rng=rng)
-        if self.options.clean:
+        if self.options.repair:
             text = whitespace_clean(basic_clean(text)).lower()
         words = text.split()
         if not words:
@@ -152,17 +171,18 @@ class TextView:
         return " ".join(words)
 
     def _operate(self, words: list[str], row: dict, rng: np.random.Generator) -> list[str]:
-        count = max(1, int(self.options.eda_share * len(words)))
+        options = self.options
         operation = OPERATIONS[rng.choice(3, p=OPERATION_WEIGHTS)]
         if operation == "synonym":
-            replaced = replace_synonyms(words, self._synonyms, count, rng) or self._keyword(words, row, rng)
-            if replaced is not None:
-                return replaced
+            replaced = replace_synonyms(words, self._synonyms, options.eda_words, rng)
+            replaced = replaced or self._keyword(words, row, rng)
+            if replaced or self._synonyms:
+                return replaced or words
             swap, deletion = OPERATION_WEIGHTS[1:]
             operation = "swap" if rng.random() < swap / (swap + deletion) else "deletion"
         if operation == "swap":
-            return swap_words(words, count, rng)
-        return delete_words(words, self.options.eda_share, rng)
+            return swap_words(words, options.eda_words, rng)
+        return delete_words(words, options.deletion_probability, rng)
 
     def _keyword(self, words: list[str], row: dict, rng: np.random.Generator) -> list[str] | None:
         if not self.options.keywords_as_synonyms:

@@ -1,7 +1,8 @@
 """Swapped assignments (SwAV, arXiv 2006.09882) between images and texts: clip-rocket's SwALIP, where the batch's own
 embeddings of the other modality are the prototypes, and SwALIPV1 with learned ones (arXiv 2305.08675).
 
-An assignment is a row of Sinkhorn's plan, scaled to sum to 1, and carries no gradient.
+Assignments come from Sinkhorn's iterations in SwAV's order, prototypes first and samples last, so that every sample's
+sum to exactly 1; they carry no gradient. (`sinkhorn` is OTTER's, with the other order.)
 
 Legend: B pairs in the batch, b of them on this process, D dimensions, P prototypes.
 """
@@ -13,26 +14,40 @@ import torch.nn.functional as F
 
 from pretrain.losses.contrastive import similarity
 from pretrain.losses.gather import gather_features
-from pretrain.losses.sinkhorn import sinkhorn
 
 
 @torch.no_grad()
 def assignments(
     similarities: torch.Tensor, epsilon: float = 0.05, iterations: int = 3, gather: bool = False
 ) -> torch.Tensor:
-    """Which prototypes each row belongs to, when all rows together use all prototypes equally.
+    """Which prototypes each row belongs to, when all rows together use all prototypes nearly equally.
+
+    An iteration scales exp(similarities / epsilon) so that every prototype has the same mass, then so that every row
+    has; both potentials are kept as logarithms, which no epsilon can overflow.
 
     Args:
         similarities: (b, P) cosines.
-        epsilon: Sinkhorn's, in the unit of a cosine.
-        iterations: Sinkhorn's.
+        epsilon: Sinkhorn's, in the unit of a cosine, above 0.
+        iterations: Sinkhorn's, at least 1.
         gather: the rows are one process's of all.
 
     Returns:
-        (b, P), rows sum to 1.
+        (b, P) in float32, or float64 for such similarities; rows sum to 1.
+
+    Raises:
+        ValueError: for an epsilon that is not positive or fewer than 1 iterations.
     """
-    plan = sinkhorn(-similarities.detach(), epsilon, iterations, gather=gather)
-    return plan / plan.sum(1, keepdim=True)
+    if not epsilon > 0 or iterations < 1:
+        raise ValueError(f"epsilon {epsilon} and iterations {iterations}: they must be above 0 and at least 1")
+    with torch.autocast(similarities.device.type, enabled=False):
+        kernel = (similarities if similarities.dtype == torch.float64 else similarities.float()) / epsilon
+        of_rows = kernel.new_zeros(len(kernel), 1)
+        for _ in range(iterations):
+            mass = (kernel + of_rows).logsumexp(0, keepdim=True)
+            # The totals that SwAV divides by (1, 1 / P, 1 / b) are constants, which the rows' scaling takes away.
+            of_prototypes = -(gather_features(mass).logsumexp(0, keepdim=True) if gather else mass)
+            of_rows = -(kernel + of_prototypes).logsumexp(1, keepdim=True)
+        return (kernel + of_prototypes + of_rows).exp()
 
 
 def swapped_pairs_loss(

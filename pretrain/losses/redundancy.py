@@ -15,7 +15,7 @@ def cross_correlation(
     """(D, D): mean over the batch of the products of an image's and its text's dimensions, in float32 at least.
 
     Correlations in the usual sense if every dimension of both has mean 0 and variance 1 over the batch, as a last batch
-    norm without scale and shift makes it.
+    norm makes it; clip-rocket's has a learned scale and shift after that, so its values may leave -1 to 1.
 
     Args:
         image_projections: (b, D).
@@ -39,7 +39,7 @@ def redundancy_loss(
     """sum over i of (C_ii - 1)² + off_diagonal * sum over i ≠ j of C_ij², with C the cross-correlation.
 
     Args:
-        image_projections: (b, D), standardised per dimension over the batch.
+        image_projections: (b, D), after a batch norm over the whole batch.
         text_projections: (b, D), likewise.
         off_diagonal: Barlow Twins' lambda.
         gather: C over all processes' pairs; every process returns the whole batch's loss.

@@ -12,7 +12,7 @@ part of `loss`, which sees the whole batch also where it was encoded in pieces.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from pretrain.config import ConfigError, DataConfig, ModelConfig, PhaseConfig
-from pretrain.data.strong_views import StrengthView, ViewStrength, check_strength, strong_view
+from pretrain.data.strong_views import StrengthView, ViewStrength, asymmetric, check_strength, strong_view
 from pretrain.data.text_views import TextView, TextViewOptions, check_text_options
 from pretrain.data.transforms import normalise
 from pretrain.data.views import Views
@@ -29,7 +29,7 @@ from pretrain.losses.augmented_pairs import augmented_pairs_loss
 from pretrain.losses.gather import gather_features
 from pretrain.modeling.clip import set_context_length, set_image_size
 from pretrain.modeling.head_encoder import Heads
-from pretrain.modeling.projector import Projector
+from pretrain.modeling.projector import GlobalBatchNorm, Projector
 from pretrain.modeling.tower_features import (
     feature_widths,
     image_features,
@@ -40,6 +40,7 @@ from pretrain.modeling.tower_features import (
 )
 from pretrain.objectives.base import Objective, Passes
 from pretrain.objectives.clip_rocket_terms import TERMS, TermSizes, ViewFeatures, build_term
+from pretrain.objectives.info_nce import check_chunk_size
 
 _ACCURACY_PAIRS = 1024  # as in `info_nce`: a metric must not cost the memory that a chunked loss saves
 
@@ -57,12 +58,14 @@ class ClipRocketOptions:
     separate_scales: bool = True  # False: the augmented pairs use the clean pairs' temperature
     augmented_temperature: float = 0.1  # initial; learned
     text_dropout: float = 0.0  # at the input of each text block, augmented views only; 0.2 on CC3M, 0.05 on CC12M
-    augmented_image_size: int = 0  # pixels; 0: the phase's. 192 (beside 224) on the 29M merged set
+    # Side of the augmented images over the phase's, then rounded to whole patches; .857 (192 of 224) on the 29M set.
+    augmented_image_scale: float = 1.0
     weak: ViewStrength = field(default_factory=ViewStrength)  # of the clean image
     strong: ViewStrength = field(default_factory=strong_view)  # of the augmented images
-    asymmetric: bool = False  # as in BYOL: odd augmented views always blurred, even ones seldom (.1), solarised (.2)
+    asymmetric: bool = False  # augmented views differ as in BYOL (see `strong_views.asymmetric`)
     text: TextViewOptions = field(default_factory=TextViewOptions)
-    # Self-supervised terms and their weights: barlip, siamlip, byolip, swalip, swalip_v1. Published: 1, swalip 0.2.
+    # Self-supervised terms and their weights. Published: barlip, siamlip, byolip 1, swalip 0.2, swalip_v1 0.2 (the
+    # code's default; no run of it is published).
     terms: dict[str, float] = field(default_factory=dict)
     sizes: TermSizes = field(default_factory=TermSizes)
     ensemble_weight: float = 0.5  # w of the evaluated "ensemble", w z + (1 - w) h; fixed, not chosen on results
@@ -95,25 +98,27 @@ class ClipRocket(Objective):
 
     @classmethod
     def passes(cls, options: ClipRocketOptions) -> Passes:
-        """Every view; BYOLIP's momentum encoder sees them too. Augmented views of another size are counted as whole."""
+        """Every view; BYOLIP's momentum encoder sees them too, and is counted as if all were as large as the clean one.
+
+        What augmented views are smaller by, before rounding to whole patches, is a share of patches that is dropped,
+        averaged over all views.
+        """
+        check_options(options)
         views = 1 + options.num_augmented
         slow = views if "byolip" in options.terms else 0
-        return Passes(images=views, texts=views, teacher_images=slow, teacher_texts=slow)
+        dropped = options.num_augmented * (1 - options.augmented_image_scale**2) / views
+        return Passes(images=views, texts=views, teacher_images=slow, teacher_texts=slow, dropped=dropped)
 
     def views(self, data: DataConfig, phase: PhaseConfig, backgrounds: Sequence[Image.Image]) -> Views:
         """One weak view of image and text, n strong ones of each."""
         options = self.options
-        size = options.augmented_image_size or phase.image_size
+        size = self._augmented_size(phase)
         augmentation = phase.augmentation or data.augmentation
         images = {"image": StrengthView(phase.image_size, options.weak, augmentation, backgrounds)}
         captions = {"tokens": TextView(options.text, False, data.caption)}
         strong_text = TextView(options.text, True, data.caption)  # one for all: it holds the synonyms
         for k in range(1, options.num_augmented + 1):
-            strength = options.strong
-            if options.asymmetric and k % 2:
-                strength = replace(strength, blur_probability=1.0, solarize_probability=0.0)
-            elif options.asymmetric:
-                strength = replace(strength, blur_probability=0.1, solarize_probability=0.2)
+            strength = asymmetric(options.strong, k) if options.asymmetric else options.strong
             images[f"augmented_image_{k}"] = StrengthView(size, strength, augmentation, backgrounds)
             captions[f"augmented_tokens_{k}"] = strong_text
         return Views(images, captions)
@@ -141,15 +146,14 @@ class ClipRocket(Objective):
                 f"phase {phase.name}: clip_rocket does not drop tokens or crop positions; set token_dropping=none and "
                 "cropped_positions=false, or use the objective info_nce"
             )
-        patch = self.model.visual.trunk.patch_embed.patch_size[0]
-        if (size := self.options.augmented_image_size) % patch:
+        if phase.batch_size < 2 and any(isinstance(module, GlobalBatchNorm) for module in self.modules()):
             raise ConfigError(
-                f"objective.options.augmented_image_size {size} of phase {phase.name} is not a multiple of the patch "
-                f"size {patch}: use {size // patch * patch or patch}"
+                f"phase {phase.name}: batch_size is {phase.batch_size}; batch norm in clip_rocket's projectors needs 2 "
+                "pairs or more"
             )
         set_image_size(self.model, phase.image_size)
         set_context_length(self.model, phase.context_length)
-        size = self.options.augmented_image_size or phase.image_size
+        size = self._augmented_size(phase)
         self._resampling = None
         if size != phase.image_size:
             self._resampling = position_resampling(self.model, size).to(self.model.logit_scale.device)
@@ -209,6 +213,10 @@ class ClipRocket(Objective):
             right = nearest == torch.arange(len(nearest), device=nearest.device)
         return {**output, "batch_accuracy": right.float().mean()}
 
+    def _augmented_size(self, phase: PhaseConfig) -> int:
+        scale, patch = self.options.augmented_image_scale, self.model.visual.trunk.patch_embed.patch_size[0]
+        return phase.image_size if scale == 1 else patch * max(1, round(scale * phase.image_size / patch))
+
     def _embed_image(self, features: torch.Tensor) -> torch.Tensor:
         own = self.image_projector is None
         return _unit(project_image(self.model, features) if own else self.image_projector(features))
@@ -235,21 +243,14 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
 def check_options(options: ClipRocketOptions) -> None:
     """Raise ConfigError for options that cannot be used."""
     where = "objective.options"
-    if options.num_augmented < 0:
-        raise ConfigError(f"{where}.num_augmented is {options.num_augmented}: it must not be negative")
-    for name in ("smoothing", "ensemble_weight", "text_dropout"):
-        if not 0 <= (value := getattr(options, name)) <= 1:
-            raise ConfigError(f"{where}.{name} is {value}: it must be in 0 to 1")
+    _check_ranges(options, where)
     if options.reduction not in ("avg", "sum"):
         raise ConfigError(f"{where}.reduction is {options.reduction!r}: avg or sum")
-    if not options.augmented_temperature > 0 or options.projector_layers < 1:
-        raise ConfigError(
-            f"{where}: augmented_temperature {options.augmented_temperature} must be above 0, projector_layers "
-            f"{options.projector_layers} at least 1"
-        )
-    for name in options.terms:
+    for name, weight in options.terms.items():
         if name not in TERMS:
             raise ConfigError(f"{where}.terms has {name!r}: one of {', '.join(TERMS)}")
+        if not weight >= 0:
+            raise ConfigError(f"{where}.terms.{name} is {weight}: it must not be negative; leave the term out for none")
     if "swalip" in options.terms and options.num_augmented != 2:
         raise ConfigError(
             f"{where}: the term swalip swaps two augmented views, num_augmented is {options.num_augmented}; set it to 2"
@@ -261,3 +262,23 @@ def check_options(options: ClipRocketOptions) -> None:
     check_strength(options.weak, f"{where}.weak")
     check_strength(options.strong, f"{where}.strong")
     check_text_options(options.text, f"{where}.text")
+
+
+def _check_ranges(options: ClipRocketOptions, where: str) -> None:
+    if options.num_augmented < 0:
+        raise ConfigError(f"{where}.num_augmented is {options.num_augmented}: it must not be negative")
+    for name in ("smoothing", "ensemble_weight", "text_dropout"):
+        if not 0 <= (value := getattr(options, name)) <= 1:
+            raise ConfigError(f"{where}.{name} is {value}: it must be in 0 to 1")
+    if not options.augmented_temperature > 0:
+        raise ConfigError(f"{where}.augmented_temperature is {options.augmented_temperature}: it must be above 0")
+    if not 0 < options.augmented_image_scale <= 1:
+        raise ConfigError(
+            f"{where}.augmented_image_scale is {options.augmented_image_scale}: it must be above 0 and at most 1, the "
+            "phase's own image size"
+        )
+    counts = {name: getattr(options, name) for name in ("projector_layers", "projector_hidden")}
+    for name, value in {**counts, **{f"sizes.{name}": value for name, value in asdict(options.sizes).items()}}.items():
+        if value < 1:
+            raise ConfigError(f"{where}.{name} is {value}: it must be at least 1")
+    check_chunk_size(options.chunk_size)

@@ -3,6 +3,11 @@ SiamLIP, BYOLIP, SwALIP and SwALIPV1. The losses themselves are in `pretrain.los
 
 All take the pooled features of the towers, of the clean pair and of n augmented image and text views, and average over
 the clean pair and the n x n augmented pairs (SwALIP: over the augmented ones, which alone have an opposite).
+
+Layers, widths and norms are those of the authors' code. Different from it: the clean and the augmented views share a
+term's projectors (so did the published ResNet-50 runs; ViT-S/16 ones had a set for each), BYOLIP's averaged text tower
+has no text dropout, and SwALIPV1, which was published on the clean pair alone (num_augmented=0 is that), also counts
+augmented pairs where there are some.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,14 +32,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class TermSizes:
-    """Widths of the terms' projectors, as published but for what is marked."""
+    """Widths of the terms' projectors, as published."""
 
     redundancy_hidden: int = 3000  # BarLIP
     redundancy_outputs: int = 8192
-    siamese_hidden: int = 2048  # SiamLIP and BYOLIP; the predictor's too, of which the width is not published
+    siamese_hidden: int = 2048  # SiamLIP and BYOLIP: of the projectors and of the predictors
     siamese_outputs: int = 128
-    assignment_hidden: int = 2048  # SwALIPV1; SwAV's (arXiv 2006.09882), not published
-    assignment_outputs: int = 128  # the same
+    assignment_hidden: int = 2048  # SwALIPV1
+    assignment_outputs: int = 128
     prototypes: int = 3000  # SwALIPV1
 
 
@@ -65,13 +70,16 @@ def mean_over_pairs(loss: Callable[[int, int], torch.Tensor], views: int) -> tor
 
 
 class BarLIP(nn.Module):
-    """0.025 times Barlow Twins' loss between an image's and a text's projection, lambda 5e-3."""
+    """0.025 times Barlow Twins' loss between an image's and a text's projection, lambda 5e-3.
+
+    Projectors have three layers and a batch norm with scale and shift.
+    """
 
     scale = 0.025
 
     def __init__(self, widths: tuple[int, int], sizes: TermSizes):
         super().__init__()
-        shape = (sizes.redundancy_hidden, sizes.redundancy_outputs, 3, "plain", gather_features)
+        shape = (sizes.redundancy_hidden, sizes.redundancy_outputs, 3, "affine", gather_features)
         self.image, self.text = (Projector(width, *shape) for width in widths)
 
     def forward(self, views: ViewFeatures) -> torch.Tensor:
@@ -81,12 +89,15 @@ class BarLIP(nn.Module):
 
 
 class SiamLIP(nn.Module):
-    """SimSiam's loss: each modality's prediction against the other's projection, whose gradient is stopped."""
+    """SimSiam's loss: each modality's prediction against the other's projection, whose gradient is stopped.
+
+    Projectors have two layers and a batch norm without scale and shift, predictors two layers.
+    """
 
     def __init__(self, widths: tuple[int, int], sizes: TermSizes):
         super().__init__()
         hidden, outputs = sizes.siamese_hidden, sizes.siamese_outputs
-        shape = (hidden, outputs, 3, "plain", gather_features)
+        shape = (hidden, outputs, 2, "plain", gather_features)
         self.projectors = nn.ModuleList(Projector(width, *shape) for width in widths)
         self.predictors = nn.ModuleList(Projector(outputs, hidden, outputs, 2, "none", gather_features) for _ in widths)
 
@@ -150,16 +161,14 @@ class SwALIP(nn.Module):
 
 
 class SwALIPV1(nn.Module):
-    """Assignments to learned prototypes that both modalities share; they stay as they are for the first 100 steps.
-
-    What is projected is not published; here it is the towers' pooled features, as in the other terms.
-    """
+    """Assignments of projections (two layers) to learned prototypes that both modalities share; these stay as they are
+    for the first 100 steps, and the temperature, 0.1, always."""
 
     frozen_steps = 100
 
     def __init__(self, widths: tuple[int, int], sizes: TermSizes):
         super().__init__()
-        shape = (sizes.assignment_hidden, sizes.assignment_outputs, 3, "none", gather_features)
+        shape = (sizes.assignment_hidden, sizes.assignment_outputs, 2, "none", gather_features)
         self.image, self.text = (Projector(width, *shape) for width in widths)
         self.prototypes = nn.Parameter(F.normalize(torch.randn(sizes.prototypes, sizes.assignment_outputs), dim=1))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))

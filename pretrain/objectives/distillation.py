@@ -37,6 +37,7 @@ class DistillationOptions:
     image_weight: float = 1.0  # γv, of the likeness of images among themselves
     text_weight: float = 1.0  # γt, of the likeness of texts among themselves
     teacher_scale: float = 100.0  # the teacher's inverse temperature
+    init_temperature: float = 0.0  # of both learned scales at the start; 0: the towers', new or of `model.init`
 
 
 class Distillation(InfoNCE):
@@ -53,6 +54,9 @@ class Distillation(InfoNCE):
         super().__init__(model, config)
         self.options = options or self._default_options()
         self._check_options()
+        if self.options.init_temperature:
+            with torch.no_grad():
+                model.logit_scale.fill_(-math.log(self.options.init_temperature))
         self.teacher = MovingAverage(model, self.options.ema_decay)
         self.distillation_logit_scale = nn.Parameter(model.logit_scale.detach().clone())
 
@@ -68,6 +72,14 @@ class Distillation(InfoNCE):
         for name in ("alpha", "ema_decay"):
             if not 0 <= (value := getattr(self.options, name)) <= 1:
                 raise ConfigError(f"objective.options.{name} is {value}: it must be between 0 and 1")
+        temperature, scale = self.options.init_temperature, self.options.teacher_scale
+        if temperature and not math.exp(-_MAX_LOG_SCALE) <= temperature <= 1:
+            raise ConfigError(
+                f"objective.options.init_temperature is {temperature}: it must be between 0.01 and 1, where "
+                "it is kept in training, or 0 for the towers' own"
+            )
+        if not 0 < scale < math.inf:
+            raise ConfigError(f"objective.options.teacher_scale is {scale}: it must be above 0 (OTTER's code: 100)")
 
     def enter_phase(self, phase: PhaseConfig) -> None:
         """Resize student and teacher alike, each from its own positions."""

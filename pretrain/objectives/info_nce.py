@@ -34,13 +34,24 @@ class InfoNCEOptions:
     fixed_temperature: float = 0.0  # not learned but this, from the first step (UTA's fine-tuning: 0.01); 0: learned
 
 
+def check_chunk_size(rows: int) -> None:
+    """Raise a ConfigError for an option `chunk_size` below 0."""
+    if rows < 0:
+        raise ConfigError(f"objective.options.chunk_size is {rows}: rows held at once, or 0 for all")
+
+
 class InfoNCE(Objective):
-    """Owns the two towers. See `Objective` for the contract."""
+    """Owns the two towers. See `Objective` for the contract.
+
+    Raises:
+        ConfigError: for an option outside its range.
+    """
 
     def __init__(self, model: CustomTextCLIP, config: ModelConfig, options: InfoNCEOptions | None = None):
         super().__init__()
         self.model = model.requires_grad_(True)  # the phase before may have frozen a tower
         self.options = options or InfoNCEOptions()
+        check_chunk_size(self.options.chunk_size)
         self._max_log_scale = math.log(1 / config.min_temperature)
         self._phase = PhaseConfig()
         self._fix_temperature(self.options.fixed_temperature)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from open_clip import CustomTextCLIP
 
-from pretrain.config import ConfigError, ModelConfig
+from pretrain.config import ConfigError, ModelConfig, PhaseConfig
 from pretrain.losses.soft_targets import smoothed_targets, soft_contrastive, true_pairs
 from pretrain.objectives.info_nce import InfoNCE
 
@@ -35,6 +35,15 @@ class LabelSmoothing(InfoNCE):
             raise ConfigError(
                 f"objective.options.smoothing is {self.options.smoothing}: it must be at least 0 and below 1"
             )
+
+    def enter_phase(self, phase: PhaseConfig) -> None:
+        """See `InfoNCE`; a batch must hold another text to give probability to."""
+        if self.options.smoothing and phase.batch_size < 2:
+            raise ConfigError(
+                f"batch_size of phase {phase.name} is {phase.batch_size}: label_smoothing needs at least 2 "
+                "(or smoothing 0)"
+            )
+        super().enter_phase(phase)
 
     def _pair_loss(self, image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         targets = smoothed_targets(true_pairs(len(image), image.device, gather=True), self.options.smoothing)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from pretrain.config import ImageTowerConfig, ModelConfig, PhaseConfig, TextTowerConfig, options_from_dict
 from pretrain.modeling.clip import build_model
 from pretrain.objectives.clip_rocket import ClipRocket, ClipRocketOptions
+from pretrain.objectives.clip_rocket_terms import TermSizes, ViewFeatures, build_term
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -108,8 +110,8 @@ def train(objective: ClipRocket, given: dict[str, torch.Tensor], after_step) -> 
     return losses
 
 
-def on_xla() -> dict[str, list]:
-    """Losses, and how many programs XLA had compiled after each step."""
+def on_xla() -> dict:
+    """Losses, how many programs XLA had compiled after each step, and the values of further terms."""
     import torch_xla
     import torch_xla.debug.metrics as metrics
 
@@ -120,11 +122,30 @@ def on_xla() -> dict[str, list]:
         compiled.append(metrics.metric_data("CompileTime")[0])
 
     given = {name: value.to(device) for name, value in batch().items()}
-    return {"losses": train(make(XLA_CASE).to(device), given, cut), "compiled": compiled}
+    losses = train(make(XLA_CASE).to(device), given, cut)
+    return {"losses": losses, "compiled": compiled, "terms": term_values(device)}
 
 
-@pytest.mark.skipif(find_spec("torch_xla") is None, reason="torch-xla is not installed")
-def test_xla_has_the_cpus_losses_and_compiles_no_step_twice():
+def term_values(device: torch.device | str) -> dict[str, list[float]]:
+    """Of the terms that `XLA_CASE` does not have: the loss, and the norms of its gradients to the towers' features."""
+    results = {}
+    for name in ("barlip", "siamlip", "swalip"):
+        torch.manual_seed(0)
+        term = build_term(name, None, (12, 10), TermSizes(**SIZES)).to(device).train()
+        images, texts = ([torch.randn(8, width).to(device).requires_grad_() for _ in range(3)] for width in (12, 10))
+        augmented = [F.normalize(v[:, :10], dim=1) for v in images[1:]], [F.normalize(v, dim=1) for v in texts[1:]]
+        value = term(ViewFeatures(images, texts, augmented, torch.tensor(8.0, device=device)))
+        value.backward()
+        gradients = [v.grad for v in (*images, *texts) if v.grad is not None]
+        results[name] = [value.item(), *(gradient.norm().item() for gradient in gradients)]
+    return results
+
+
+@pytest.fixture(scope="module")
+def xla_results():
+    """What `on_xla` returns, from a process of its own: the import of torch-xla is most of the time."""
+    if find_spec("torch_xla") is None:
+        pytest.skip("torch-xla is not installed")
     code = (
         "import importlib.util, json, sys\n"
         "specification = importlib.util.spec_from_file_location('functions', sys.argv[1])\n"
@@ -139,7 +160,19 @@ def test_xla_has_the_cpus_losses_and_compiles_no_step_twice():
     }  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.split("result ")[-1])
-    assert found["compiled"][2] == found["compiled"][1]  # the first step also makes the buffers' first values
+    return json.loads(done.stdout.split("result ")[-1])
+
+
+def test_xla_has_the_cpus_losses_and_gradients_of_barlip_siamlip_and_swalip(xla_results):
+    found, expected = xla_results["terms"], term_values("cpu")
+    assert {name: len(values) for name, values in found.items()} == {"barlip": 7, "siamlip": 7, "swalip": 5}
+    for name, values in expected.items():
+        assert min(values) > 1e-4
+        assert found[name] == pytest.approx(values, rel=1e-4), name
+
+
+def test_xla_has_the_cpus_losses_and_compiles_no_step_twice(xla_results):
+    compiled = xla_results["compiled"]
+    assert compiled[2] == compiled[1]  # the first step also makes the buffers' first values
     expected = train(make(XLA_CASE), batch(), lambda: None)
-    assert found["losses"] == pytest.approx(expected, rel=2e-3)
+    assert xla_results["losses"] == pytest.approx(expected, rel=2e-3)

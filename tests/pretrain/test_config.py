@@ -112,6 +112,17 @@ def test_an_impossible_value_is_refused(node, message):
         config_from_dict(node)
 
 
+@pytest.mark.parametrize("group", ["objective", "optim"])
+def test_a_parents_options_go_with_the_name_they_are_of(tmp_path, group):
+    parent = "objective: {name: otter, options: {epsilon: 0.1}}\noptim: {name: muon, options: {epsilon: 0.1}}\n"
+    write(tmp_path / "parent.yaml", parent + "model: {embed_dim: 64}\n")
+    same = load_config(write(tmp_path / "same.yaml", f"parent: parent.yaml\n{group}: {{options: {{alpha: 0.5}}}}\n"))
+    assert getattr(same, group).options == {"epsilon": 0.1, "alpha": 0.5}
+    other = load_config(write(tmp_path / "other.yaml", f"parent: parent.yaml\n{group}: {{name: adamw}}\n"))
+    assert (getattr(other, group).name, getattr(other, group).options) == ("adamw", {})
+    assert other.model.embed_dim == 64
+
+
 def test_a_parent_is_merged_and_its_lists_are_replaced(tmp_path, file):
     (tmp_path / "sub").mkdir()
     child = write(tmp_path / "sub" / "d.yaml", "parent: ../c.yaml\nphases: [{name: only}]\nrun: {output: there}\n")
@@ -145,7 +156,12 @@ def test_an_index_counts_in_the_default_phases_when_the_file_has_none(tmp_path):
     [
         ("phases", "override 'phases' is not of the form key=value"),
         ("phases.5.steps=1", "override 'phases.5.steps=1': list index out of range"),
-        ("phases.x.steps=1", "override 'phases.x.steps=1': "),
+        ("phases.x.steps=1", "override 'phases.x.steps=1': phases is a list"),
+        (
+            "phases.batch_size=64",
+            r"override 'phases.batch_size=64': phases is a list, so give the place in it \(from 0\): "
+            r"phases\[0\].batch_size=…",
+        ),
         ("run.output=[", "override 'run.output=\\['"),
         ("run.sed=1", "unknown field 'run.sed': did you mean 'seed'"),
         ("run.seed=x", "run.seed"),

@@ -1,6 +1,7 @@
 """Weak and strong image views: drawn from the seed, as often and as strongly as published, and sharp."""
 
 import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from pretrain.config import AugmentationConfig, ConfigError
 from pretrain.data import strong_views
-from pretrain.data.strong_views import StrengthView, ViewStrength, check_strength, crop_box, strong_view
+from pretrain.data.strong_views import StrengthView, ViewStrength, asymmetric, check_strength, crop_box, strong_view
 from pretrain.data.transforms import to_tensor
 
 NOTHING = ViewStrength(crop_scale=[1.0, 1.0])
@@ -98,6 +99,15 @@ def test_operations_are_as_frequent_as_published(monkeypatch):
         assert counts[name] / trials == pytest.approx(share, abs=0.05 if share else 0), name
 
 
+def test_asymmetric_views_are_the_published_ones():
+    """Probabilities of blur and solarisation, and a saturation jitter of 0.2; all else is the strong view's."""
+    odd, even = (asdict(asymmetric(strong_view(), number)) for number in (1, 2))
+    changed = {name for name, value in asdict(strong_view()).items() if odd[name] != value or even[name] != value}
+    assert changed == {"jitter", "blur_probability", "solarize_probability"}
+    assert odd["jitter"] == even["jitter"] == [0.4, 0.4, 0.2, 0.1]
+    assert [(v["blur_probability"], v["solarize_probability"]) for v in (odd, even)] == [(1.0, 0.0), (0.1, 0.2)]
+
+
 def test_the_weak_view_does_nothing_but_crop(monkeypatch):
     view = StrengthView(8, ViewStrength(), STILL)
     image, rng = photograph(), np.random.default_rng(0)
@@ -182,6 +192,8 @@ def test_an_enlarged_edge_is_not_blurred_by_drawing_it_small_first():
         (ViewStrength(jitter=[0.4, 0.4, 0.4, 0.6]), "x.jitter is"),
         (ViewStrength(blur_probability=1.2), "x.blur_probability is 1.2"),
         (ViewStrength(blur_sigma=[2.0, 0.1]), "x.blur_sigma is"),
+        (ViewStrength(crop_scale=[0.5]), r"x.crop_scale is \[0.5\]: give two shares"),
+        (ViewStrength(blur_sigma=[1.0]), r"x.blur_sigma is \[1.0\]: give two widths"),
     ],
 )
 def test_strengths_that_cannot_be_drawn_are_named(strength, message):

@@ -53,13 +53,18 @@ def test_the_weak_view_drops_all_stop_words_or_none_with_the_probability():
 def test_stop_words_are_found_despite_case_and_punctuation():
     assert drop_stop_words("The dog, and (the) cat.".split()) == ["dog,", "cat."]
     assert drop_stop_words("to be or not to be".split()) == "to be or not to be".split()
-    assert {"the", "a", "of", "with"} <= STOP_WORDS and not {"dog", "red", "man"} & STOP_WORDS
+
+
+def test_the_stop_words_are_nltks_179():
+    """The number, and words that tell it from other lists: modals are not in it but for can, will and should."""
+    assert len(STOP_WORDS) == 179 and {"the", "with", "should", "now", "ma", "y", "shan't", "that'll"} <= STOP_WORDS
+    assert not {"could", "would", "might", "without", "us", "also", "dog", "red", "man"} & STOP_WORDS
 
 
 def test_the_strong_view_draws_one_operation_with_the_published_weights(synonyms):
     """With long distinct words every operation can be told from what it left: lengths, words, order."""
     words = ["dog", *(f"word{i}" for i in range(19))]
-    options = TextViewOptions(stop_word_probability=0.0, synonyms=str(synonyms), eda_share=0.5)
+    options = TextViewOptions(stop_word_probability=0.0, synonyms=str(synonyms), deletion_probability=0.5)
     view, generator, counts = TextView(options, True, PLAIN), rng(), Counter()
     for _ in range(TRIALS):
         made = view({"caption": " ".join(words)}, generator).split()
@@ -74,13 +79,38 @@ def test_the_strong_view_draws_one_operation_with_the_published_weights(synonyms
         assert counts[name] / TRIALS == pytest.approx(weight, abs=0.035), counts
 
 
-def test_without_a_synonym_another_operation_is_drawn_with_its_own_weight():
+def test_without_a_list_of_synonyms_another_operation_is_drawn_with_its_own_weight():
     words = [f"word{i}" for i in range(20)]
-    view = TextView(TextViewOptions(stop_word_probability=0.0, eda_share=0.5), True, PLAIN)
+    view = TextView(TextViewOptions(stop_word_probability=0.0, deletion_probability=0.5), True, PLAIN)
     generator = rng()
     made = [view({"caption": " ".join(words)}, generator).split() for _ in range(TRIALS)]
     swapped = sum(len(m) == 20 for m in made) / TRIALS
     assert swapped == pytest.approx(2 / 3, abs=0.035)
+
+
+def test_a_caption_without_a_word_of_the_list_stays_where_a_synonym_is_drawn(synonyms):
+    words = [f"word{i}" for i in range(20)]
+    options = TextViewOptions(stop_word_probability=0.0, deletion_probability=0.5, synonyms=str(synonyms))
+    view, generator = TextView(options, True, PLAIN), rng()
+    made = [view({"caption": " ".join(words)}, generator).split() for _ in range(TRIALS)]
+    assert sum(m == words for m in made) / TRIALS == pytest.approx(0.4, abs=0.035)
+
+
+def test_an_operation_touches_one_word_however_long_the_caption_is(synonyms):
+    """As published; a deletion, the one operation of a share, takes a tenth of the words."""
+    words = [*(["dog", "sofa"] * 20), *(f"word{i}" for i in range(60))]
+    options = TextViewOptions(stop_word_probability=0.0, synonyms=str(synonyms))
+    view, generator, lengths = TextView(options, True, PLAIN), rng(), []
+    for _ in range(TRIALS // 4):
+        made = view({"caption": " ".join(words)}, generator).split()
+        if len(made) < 100:
+            lengths.append(len(made))
+        elif sorted(made) == sorted(words):
+            assert sum(a != b for a, b in zip(words, made, strict=True)) in (0, 2)  # 0: a dog for a dog
+        else:
+            new = set(made) - set(words)
+            assert len(new) == 1 and sum(word in new for word in made) == 20  # wherever the word occurs
+    assert np.mean(lengths) == pytest.approx(90, abs=1)
 
 
 def test_keywords_stand_in_for_synonyms_where_asked():
@@ -96,16 +126,16 @@ def test_keywords_stand_in_for_synonyms_where_asked():
 
 
 @pytest.mark.parametrize("caption", ["a", "the of", "dog", "a dog", "  two   words "])
-@pytest.mark.parametrize("clean", [False, True])
-def test_a_caption_is_never_empty(caption, clean):
-    options = TextViewOptions(stop_word_probability=1.0, eda_share=1.0, clean=clean)
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_caption_is_never_empty(caption, repair):
+    options = TextViewOptions(stop_word_probability=1.0, deletion_probability=1.0, repair=repair)
     for strong in (False, True):
         view, generator = TextView(options, strong, PLAIN), rng()
         assert all(view({"caption": caption}, generator).strip() for _ in range(200))
 
 
-def test_cleaning_repairs_and_lowers_first():
-    view = TextView(TextViewOptions(stop_word_probability=0.0, clean=True), False, PLAIN)
+def test_repair_comes_first_and_makes_lower_case():
+    view = TextView(TextViewOptions(stop_word_probability=0.0, repair=True), False, PLAIN)
     assert view({"caption": "Salt &amp;amp;  PEPPER\n"}, rng()) == "salt & pepper"
     plain = TextView(TextViewOptions(stop_word_probability=0.0), False, PLAIN)
     assert plain({"caption": "Salt  PEPPER\n"}, rng()) == "Salt PEPPER"
@@ -130,6 +160,8 @@ def test_operations_on_words():
     words = "one two three four".split()
     assert replace_synonyms(words, {"two": ["zwei"], "four": ["vier"]}, 9, rng()) == ["one", "zwei", "three", "vier"]
     assert replace_synonyms(words, {"five": ["x"]}, 1, rng()) is None
+    assert replace_synonyms(["one", "can"], {"can": ["tin"]}, 1, rng()) is None  # a stop word
+    assert replace_synonyms("(Two, two, too".split(), {"two": ["a pair"]}, 1, rng(1)) == ["(a pair,", "two,", "too"]
     for seed in range(20):
         swapped = swap_words(words, 1, rng(seed))
         assert sorted(swapped) == sorted(words) and sum(a != b for a, b in zip(words, swapped, strict=True)) == 2
@@ -153,3 +185,7 @@ def test_options_that_cannot_be_used_are_named():
         check_text_options(TextViewOptions(stop_word_probability=80), "x")
     with pytest.raises(ConfigError, match="x.captions is 'all'"):
         check_text_options(TextViewOptions(captions="all"), "x")
+    with pytest.raises(ConfigError, match="x.deletion_probability is 10.0"):
+        check_text_options(TextViewOptions(deletion_probability=10.0), "x")
+    with pytest.raises(ConfigError, match="x.eda_words is 0: it must be at least 1"):
+        check_text_options(TextViewOptions(eda_words=0), "x")

@@ -76,7 +76,7 @@ def test_the_licence_is_beside_it_and_named_in_it(root):
 def test_with_the_file_the_three_operations_are_drawn_as_published(root):
     """EDA's synonym, swap and deletion: .4, .4 and .2; told by what they leave of words that all differ."""
     wordnet.build_synonyms(root)
-    options = TextViewOptions(stop_word_probability=0.0, eda_share=0.3, synonyms=str(root / "synonyms.tsv"))
+    options = TextViewOptions(stop_word_probability=0.0, deletion_probability=0.3, synonyms=str(root / "synonyms.tsv"))
     words = ["big", "dogs", *(f"word{i}" for i in range(18))]
     view, generator, counts, trials = (
         TextView(options, True, CaptionConfig()),

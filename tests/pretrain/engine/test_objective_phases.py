@@ -129,9 +129,10 @@ CANNOT = {
     "tokens that the objective does not drop": (
         {"objective": ROCKET, "token_dropping": "random", "keep_tokens": 2}, "clip_rocket does not drop tokens"
     ),
-    "another size of augmented images": (
-        {"objective": {**ROCKET, "options": {"augmented_image_size": 20}}}, "augmented_image_size 20 .*: use 16"
+    "larger augmented images": (
+        {"objective": {**ROCKET, "options": {"augmented_image_scale": 2.0}}}, "scale is 2.0: .* at most 1, the phase"
     ),
+    "one pair for a batch norm": ({"objective": ROCKET, "batch_size": 1}, "batch_size is 1; batch norm .* 2 pairs"),
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Redundancy reduction, siamese agreement and swapped assignments: published identities, and loops written out."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from pretrain.losses.assignment import assignments, prototype_loss, swapped_pairs_loss
 from pretrain.losses.redundancy import cross_correlation, redundancy_loss
 from pretrain.losses.siamese import siamese_loss
+from pretrain.losses.sinkhorn import sinkhorn
 
 
 def draw(rows: int, dimensions: int, seed: int) -> torch.Tensor:
@@ -62,12 +65,35 @@ def test_assignments_sum_to_one_and_use_prototypes_equally():
     torch.testing.assert_close(found.sum(0), torch.ones(5, dtype=torch.float64))  # as many prototypes as rows
     few = assignments(cosines)
     torch.testing.assert_close(few.sum(1), torch.ones(5, dtype=torch.float64))
-    # SwAV's way: exponentials scaled in turn (three times), rows last.
-    plain = (cosines / 0.05).exp()
+
+
+def test_assignments_scale_prototypes_first_and_samples_last():
+    """SwAV's order, entry by entry on exponentials: its matrix has prototypes in rows and sums to 1."""
+    cosines = (unit(0) @ F.normalize(draw(3, 4, 1), dim=1).T).tolist()
+    rows, prototypes = range(5), range(3)
+    q = [[math.exp(cosines[row][k] / 0.05) for row in rows] for k in prototypes]
     for _ in range(3):
-        plain = plain / plain.sum(1, keepdim=True)
-        plain = plain / plain.sum(0, keepdim=True)
-    torch.testing.assert_close(few, plain / plain.sum(1, keepdim=True))
+        for k in prototypes:  # every prototype: a third of the mass
+            total = sum(q[k])
+            q[k] = [value / total / 3 for value in q[k]]
+        for row in rows:  # every sample: a fifth
+            total = sum(q[k][row] for k in prototypes)
+            for k in prototypes:
+                q[k][row] /= total * 5
+    expected = 5 * torch.tensor(q, dtype=torch.float64).T
+    found = assignments(torch.tensor(cosines, dtype=torch.float64))
+    torch.testing.assert_close(found, expected)
+    # The other order, OTTER's, gives other assignments.
+    other = sinkhorn(-torch.tensor(cosines, dtype=torch.float64), 0.05, 3)
+    assert (found - other / other.sum(1, keepdim=True)).abs().max() > 0.01
+
+
+def test_assignments_stay_finite_where_exponentials_overflow():
+    found = assignments(100 * (unit(0) @ unit(1).T).float(), epsilon=0.05)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.sum(1), torch.ones(5))
+    with pytest.raises(ValueError, match="epsilon 0.0 and iterations 3"):
+        assignments(torch.zeros(2, 2), epsilon=0.0)
 
 
 def test_a_pair_predicts_the_opposite_pairs_assignment():

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from pretrain.config import ConfigError, ObjectiveConfig, PhaseConfig, PretrainConfig
+from pretrain.config import ConfigError, DataConfig, ObjectiveConfig, PhaseConfig, PretrainConfig
 from pretrain.data.transforms import normalise
 from pretrain.engine.checkpoint import load_state
 from pretrain.engine.train import Trainer
 from pretrain.losses.contrastive import info_nce
 from pretrain.modeling.clip import set_image_size
-from pretrain.objectives import build_objective
+from pretrain.objectives import build_objective, passes_of
 from pretrain.objectives.clip_rocket import ClipRocket, ClipRocketOptions
-from pretrain.objectives.clip_rocket_terms import TermSizes
+from pretrain.objectives.clip_rocket_terms import TermSizes, build_term
 
 SIZES = {
     "redundancy_hidden": 24, "redundancy_outputs": 16, "siamese_hidden": 24, "siamese_outputs": 16,
@@ -26,11 +27,11 @@ SMALL = {"projector_hidden": 24, "sizes": SIZES}
 PHASE = PhaseConfig(image_size=32, context_length=8)
 
 
-def make(model, config, **options) -> ClipRocket:
+def make(model, config, phase=PHASE, **options) -> ClipRocket:
     torch.manual_seed(1)
     node = {**SMALL, **options}
     built = build_objective(PretrainConfig(model=config, objective=ObjectiveConfig("clip_rocket", node)), model)
-    built.enter_phase(PHASE)
+    built.enter_phase(phase)
     return built.train()
 
 
@@ -123,6 +124,34 @@ def test_every_parameter_is_trained(model, model_config):
     assert idle == set()
 
 
+def described(network: nn.Sequential) -> str:
+    """Linear layers by their widths, batch norms with or without scale and shift, biases that have an effect."""
+    parts = []
+    for place, layer in enumerate(network):
+        if isinstance(layer, nn.Linear):
+            biased = layer.bias is not None and not isinstance([*network, None][place + 1], nn.BatchNorm1d)
+            parts.append(f"{layer.in_features}-{layer.out_features}{'+b' if biased else ''}")
+        elif isinstance(layer, nn.BatchNorm1d):
+            parts.append("norm" if layer.affine else "plain norm")
+        else:
+            parts.append(type(layer).__name__.lower())
+    return " ".join(parts)
+
+
+def test_the_terms_networks_are_the_published_ones():
+    """As read in models.py of facebookresearch/clip-rocket, for pooled features of 384 (ViT-S) and 512 (text)."""
+    made = {n: build_term(n, None, (384, 512), TermSizes()) for n in ("barlip", "siamlip", "swalip_v1")}
+    barlip, siamlip, swalip = made["barlip"], made["siamlip"], made["swalip_v1"]
+    for width, network in ((384, barlip.image), (512, barlip.text)):
+        assert described(network) == f"{width}-3000 norm relu 3000-3000 norm relu 3000-8192 norm"
+    for width, network in zip((384, 512), siamlip.projectors, strict=True):
+        assert described(network) == f"{width}-2048 norm relu 2048-128 plain norm"
+    assert [described(network) for network in siamlip.predictors] == 2 * ["128-2048 norm relu 2048-128+b"]
+    for width, network in ((384, swalip.image), (512, swalip.text)):
+        assert described(network) == f"{width}-2048 norm relu 2048-128+b"
+    assert swalip.prototypes.shape == (3000, 128)
+
+
 @pytest.mark.parametrize("name", ["barlip", "siamlip", "byolip", "swalip", "swalip_v1"])
 def test_a_term_is_added_with_its_weight(model, model_config, name):
     options = {"smoothing": 0.0} if name == "swalip" else {}
@@ -190,17 +219,34 @@ def test_pieces_have_the_same_features_as_the_whole(model, model_config):
 
 
 def test_augmented_images_may_be_smaller(model, model_config):
-    objective = make(model, model_config, augmented_image_size=48)
-    output = objective(batch(augmented_size=48))
+    objective = make(model, model_config, PhaseConfig(image_size=48, context_length=8), augmented_image_scale=0.67)
+    given = batch(size=48, augmented_size=32)
+    output = objective(given)
     output["loss"].backward()
     assert output["loss"].isfinite() and model.visual.trunk.pos_embed.grad.any()
     # The tower itself at that size is the reference.
-    given = batch(augmented_size=48)
     mine = objective.encode(given)["image_1"]
     other = copy.deepcopy(model)
-    set_image_size(other, 48)
+    set_image_size(other, 32)
     expected = other.visual.trunk(normalise(given["augmented_image_1"]))
     torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("image_size", "augmented"), [(224, 192), (64, 48), (32, 32), (16, 16)])
+def test_augmented_images_follow_the_phase_in_whole_patches(model, model_config, image_size, augmented):
+    """The 29M preset's share, patches of 16 px: the published 192 of 224, and sizes in a curriculum."""
+    phase = PhaseConfig(image_size=image_size, context_length=8)
+    objective = make(model, model_config, phase, augmented_image_scale=0.857)
+    views = objective.views(DataConfig(), phase, [])
+    sizes = {name: view.size for name, view in views.images.items()}
+    assert sizes == {"image": image_size, "augmented_image_1": augmented, "augmented_image_2": augmented}
+
+
+def test_asymmetric_options_reach_the_views(model, model_config):
+    objective = make(model, model_config, asymmetric=True, strong={"flip_probability": 0.25})
+    images = objective.views(DataConfig(), PHASE, []).images
+    drawn = {name: (view.strength.flip_probability, view.strength.blur_probability) for name, view in images.items()}
+    assert drawn == {"image": (0.0, 0.0), "augmented_image_1": (0.25, 1.0), "augmented_image_2": (0.25, 0.1)}
 
 
 def test_scales_are_clamped(model, model_config):
@@ -224,11 +270,34 @@ def test_scales_are_clamped(model, model_config):
         ({"strong": {"crop_scale": [0.5, 2.0]}}, r"strong.crop_scale is \[0.5, 2.0\]"),
         ({"text": {"captions": "one"}}, "captions is 'one'"),
         ({"text": {"synonym": "x"}}, "did you mean 'synonyms'"),
+        ({"strong": {"crop_scale": [0.5]}}, r"strong.crop_scale is \[0.5\]: give two shares"),
+        ({"weak": {"blur_sigma": [1.0]}}, r"weak.blur_sigma is \[1.0\]: give two widths"),
+        ({"terms": {"barlip": -1}}, "terms.barlip is -1.0: it must not be negative; leave the term out"),
+        ({"terms": {"barlip": float("nan")}}, "terms.barlip is nan"),
+        ({"projector_hidden": 0}, "projector_hidden is 0: it must be at least 1"),
+        ({"projector_layers": 0}, "projector_layers is 0: it must be at least 1"),
+        ({"sizes": {"prototypes": 0}}, "sizes.prototypes is 0: it must be at least 1"),
+        ({"augmented_temperature": 0.0}, "augmented_temperature is 0.0: it must be above 0"),
+        ({"augmented_image_scale": -0.5}, "augmented_image_scale is -0.5: .* at most 1, the phase's own image size"),
+        ({"augmented_image_scale": 3.0}, "augmented_image_scale is 3.0"),
+        ({"chunk_size": -4}, "chunk_size is -4"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(model, model_config, options, message):
+    """In training, and in a plan, which builds no objective."""
     with pytest.raises(ConfigError, match=message):
         make(model, model_config, **options)
+    with pytest.raises(ConfigError, match=message):
+        passes_of(PretrainConfig(objective=ObjectiveConfig("clip_rocket", options)))
+
+
+def test_one_pair_is_too_few_for_batch_norm_only(model, model_config):
+    phase = PhaseConfig(image_size=32, context_length=8, batch_size=1)
+    with pytest.raises(ConfigError, match="phase main: batch_size is 1; batch norm .* needs 2 pairs or more"):
+        make(model, model_config, phase)
+    make(model, model_config, phase, separate_projectors=False)
+    with pytest.raises(ConfigError, match="batch_size is 1"):
+        make(model, model_config, phase, separate_projectors=False, terms={"barlip": 1.0})
 
 
 def test_token_dropping_is_refused(model, model_config):

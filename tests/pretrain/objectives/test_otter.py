@@ -197,6 +197,17 @@ def test_both_scales_start_alike_and_are_clamped(make):
         assert objective.distillation_logit_scale.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["otter", "distillation"])
+def test_both_scales_start_at_the_paper_s_whatever_the_towers_bring(model, model_config, name):
+    with torch.no_grad():
+        model.logit_scale.fill_(4.6)  # as trained towers have it
+    options = {"init_temperature": math.exp(-3.9)}
+    config = PretrainConfig(model=model_config, objective=ObjectiveConfig(name, options))
+    objective = build_objective(config, model)
+    scales = (objective.model.logit_scale, objective.distillation_logit_scale, objective.teacher.module.logit_scale)
+    assert [scale.item() for scale in scales] == pytest.approx([3.9] * 3)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_give_the_whole_batchs_gradient(make, name):
     found = []
@@ -280,11 +291,23 @@ def test_a_phase_after_plain_contrastive_ones_starts_its_teacher_from_their_towe
             "objective.options.smoothing is 1.0: it must be at least 0 and below 1",
         ),
         ("otter", {"chunk_size": 4}, "unknown field 'objective.options.chunk_size'"),
+        ("otter", {"init_temperature": 2.0}, "init_temperature is 2.0: it must be between 0.01 and 1"),
+        ("distillation", {"teacher_scale": -5.0}, "teacher_scale is -5.0: it must be above 0"),
+        ("focal", {"gamma": -1.0}, "gamma -1.0 at least 0"),
+        ("focal", {"alpha": 1.5}, "alpha 1.5 must be between 0 and 1"),
+        ("focal", {"chunk_size": -1}, "chunk_size is -1"),
+        ("info_nce", {"chunk_size": -1}, "chunk_size is -1"),
     ],
 )
 def test_options_that_cannot_be_used_are_named(make, name, options, message):
     with pytest.raises(ConfigError, match=message):
         make(name, **options)
+
+
+def test_a_pair_alone_cannot_be_smoothed(make):
+    with pytest.raises(ConfigError, match="batch_size of phase main is 1: label_smoothing needs at least 2"):
+        make("label_smoothing", PhaseConfig(image_size=32, context_length=8, batch_size=1))
+    make("label_smoothing", PhaseConfig(image_size=32, context_length=8, batch_size=1), smoothing=0.0)
 
 
 def test_the_defaults_are_the_published_ones(model, model_config):
