@@ -148,27 +148,28 @@ class Detections:
         Raises:
             ValueError: a label has no entry in `category_ids`.
         """
-        if category_ids is not None and len(self):
-            low, high = self.labels.min(), self.labels.max()
-            if low < 0 or high >= len(category_ids):
-                raise ValueError(
-                    f"labels run from {low} to {high} but there are {len(category_ids)} category ids; "
-                    "give one id per word of the vocabulary"
-                )
-        results = []
-        for i, label in enumerate(self.labels.tolist()):
-            x1, y1, x2, y2 = self.boxes[i].astype(np.float64).tolist()
-            result = {
-                "image_id": int(image_id),
-                "category_id": label if category_ids is None else int(category_ids[label]),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": float(self.scores[i]),
-            }
-            if self.masks is not None:
-                code = mask_codec.encode(np.asfortranarray(self.masks[i], dtype=np.uint8))
-                result["segmentation"] = {"size": list(self.image_size), "counts": code["counts"].decode("ascii")}
-            results.append(result)
-        return results
+        if category_ids is not None:
+            self.check_labels(len(category_ids))
+        labels = self.labels.tolist()
+        ids = labels if category_ids is None else [int(category_ids[label]) for label in labels]
+        return coco_results(image_id, ids, self.scores, self.boxes, self.image_size, self.run_lengths())
+
+    def check_labels(self, count: int) -> None:
+        """Raise a ValueError unless every label is one of `count` category ids' places."""
+        if not len(self):
+            return
+        low, high = self.labels.min(), self.labels.max()
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"labels run from {low} to {high} but there are {count} category ids; "
+                "give one id per word of the vocabulary"
+            )
+
+    def run_lengths(self) -> list[bytes] | None:
+        """Return the N masks as compressed run lengths (pycocotools' `counts`), or None where there are no masks."""
+        if self.masks is None:
+            return None
+        return [mask_codec.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in self.masks]
 
     def plot(self, image: np.ndarray, **options: Any) -> np.ndarray:
         """Return the picture with the detections drawn on it.
@@ -224,3 +225,29 @@ class Detections:
         from ovd.conversions import to_yolo
 
         return to_yolo(self, segments, scores)
+
+
+def coco_results(
+    image_id: int,
+    category_ids: Sequence[int],
+    scores: np.ndarray,
+    boxes: np.ndarray,
+    image_size: tuple[int, int],
+    run_lengths: Sequence[bytes] | None,
+) -> list[dict[str, Any]]:
+    """Return `Detections.to_coco`'s form of one picture's columns.
+
+    Args:
+        category_ids: N ids.
+        scores: (N,).
+        boxes: (N, 4) x1 y1 x2 y2 in pixels.
+        image_size: (height, width) of the picture in pixels.
+        run_lengths: of N masks, see `Detections.run_lengths`.
+    """
+    corners = boxes.astype(np.float64)  # before the sides are subtracted, so that no digit is lost
+    extents = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    rows = zip(category_ids, extents.tolist(), scores.astype(np.float64).tolist(), strict=True)
+    results = [{"image_id": int(image_id), "category_id": k, "bbox": box, "score": score} for k, box, score in rows]
+    for result, counts in zip(results, run_lengths or (), strict=run_lengths is not None):
+        result["segmentation"] = {"size": list(image_size), "counts": counts.decode("ascii")}
+    return results

@@ -1,6 +1,6 @@
 """How long LVIS box evaluation takes beside the lvis package: generated pictures, objects and detections, same numbers.
 
-Masks are not measured: both spend their time in pycocotools' mask overlaps there.
+Masks are not timed: both spend their time in pycocotools' mask overlaps there. Memory is `benchmark_memory`'s.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-_SIZE = 640  # pixels a side
+SIZE = 640  # pixels a side
 # Per picture about what LVIS has (Gupta et al. 2019): 12 objects of 4 classes. The 8 listed absent ones are a choice.
 _OBJECTS, _CLASSES_PRESENT, _CLASSES_ABSENT = 12, 4, 8
 SHARED_METRICS = (
@@ -56,11 +56,11 @@ def make_ground_truth(benchmark: EvaluationBenchmark) -> dict[str, Any]:
         present, absent = drawn[:_CLASSES_PRESENT], drawn[_CLASSES_PRESENT:]
         open_ended = present[:1].tolist() if random.random() < 0.2 else []
         images.append(
-            {"id": number, "height": _SIZE, "width": _SIZE, "neg_category_ids": absent.tolist()}
+            {"id": number, "height": SIZE, "width": SIZE, "neg_category_ids": absent.tolist()}
             | {"not_exhaustive_category_ids": open_ended}
         )
         extent = np.exp(random.uniform(np.log(10), np.log(300), (_OBJECTS, 2)))
-        corner = random.random((_OBJECTS, 2)) * (_SIZE - extent)
+        corner = random.random((_OBJECTS, 2)) * (SIZE - extent)
         for category, box in zip(random.choice(present, _OBJECTS), np.hstack([corner, extent]).tolist(), strict=True):
             annotations.append(
                 {"id": len(annotations) + 1, "image_id": number, "category_id": int(category), "bbox": box}
@@ -89,7 +89,7 @@ def make_detections(benchmark: EvaluationBenchmark, ground_truth: dict[str, Any]
     category_ids[:, near:known] = np.take_along_axis(checked, picked_checked, axis=1)
     found = np.empty((*shape, 4))
     found[..., 2:] = np.exp(random.uniform(np.log(10), np.log(300), (*shape, 2)))
-    found[..., :2] = random.random((*shape, 2)) * (_SIZE - found[..., 2:])
+    found[..., :2] = random.random((*shape, 2)) * (SIZE - found[..., 2:])
     aimed = np.take_along_axis(boxes, picked[..., None], axis=1)
     shift = random.normal(0, 0.1, aimed.shape)
     aimed[..., :2] += shift[..., :2] * aimed[..., 2:]
@@ -206,6 +206,7 @@ def add_evaluation_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip-lvis-api", action="store_true", help="measure this project only")
     parser.add_argument("--skip-list", action="store_true", help="and not from a list either, which takes 4 GB itself")
+    parser.add_argument("--memory", choices=["boxes", "masks"], help="instead: what collected detections take")
     parser.set_defaults(run=run_evaluation)
 
 
@@ -218,5 +219,15 @@ def run_evaluation(options: argparse.Namespace) -> None:
         if getattr(options, name) < least:
             raise ConfigError(f"--{name} is {getattr(options, name)}; give at least {least}")
     benchmark = EvaluationBenchmark(options.images, options.detections, options.classes, options.seed)
+    if options.memory:
+        from ovd.evaluation import benchmark_memory
+
+        masks = options.memory == "masks"
+        print(
+            benchmark_memory.to_markdown(
+                benchmark, masks, benchmark_memory.run(benchmark, masks, not options.skip_list)
+            )
+        )
+        return
     measurements = run(benchmark, not options.skip_lvis_api, not options.skip_list)
     print(to_markdown(benchmark, measurements))

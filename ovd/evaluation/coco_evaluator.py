@@ -4,17 +4,28 @@ Protocol: Lin et al. 2014 as in pycocotools: per picture and class at most 100 d
 exhaustively, crowds neither found nor missed. Which classes are base is an argument; LVIS is in `lvis_evaluator`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ovd.evaluation.average_precision import accumulate, mean
-from ovd.evaluation.lvis_evaluator import Results
-from ovd.evaluation.matching import AREA_NAMES, match
-from ovd.evaluation.tables import IOU_TYPES, best_per, read_coco, read_json, read_results
+from ovd.evaluation.average_precision import ClassScores, accumulate, mean
+from ovd.evaluation.bootstrap import Interval
+from ovd.evaluation.collecting import CollectingEvaluator, TaskResult
+from ovd.evaluation.lvis_evaluator import Results, category_results, metric_intervals
+from ovd.evaluation.matching import AREA_NAMES, Matches, match
+from ovd.evaluation.results import summary
+from ovd.evaluation.tables import (
+    IOU_TYPES,
+    DetectionTable,
+    GroundTruth,
+    best_per,
+    read_coco,
+    read_json,
+    read_results,
+)
 
 
 def evaluate_coco_results(
@@ -41,6 +52,44 @@ def evaluate_coco_results(
     Raises:
         ValueError: a field is missing or impossible, a result names an unknown picture or class, or no class is named.
     """
+    _, base, matches = coco_matches(ground_truth_json, results, is_base, iou_type, max_dets)
+    return _metrics(accumulate(matches), base, max_dets)
+
+
+def evaluate_coco_intervals(
+    ground_truth_json: str | Path | Mapping[str, Any],
+    results: Results,
+    is_base: Mapping[int, bool],
+    iou_type: str = "bbox",
+    max_dets: int = 100,
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Return AP, AP50 and AR@N of all, base and novel classes with 95 % intervals over pictures.
+
+    Args:
+        ground_truth_json, results, is_base, iou_type, max_dets: as of `evaluate_coco_results`.
+        samples: resamples of the pictures.
+
+    Returns:
+        The keys of `evaluate_coco_results` (AP, AP50_novel, AR@100_base, …) -> `Interval`.
+    """
+    _, base, matches = coco_matches(ground_truth_json, results, is_base, iou_type, max_dets)
+    return metric_intervals(matches, _groups(base), max_dets, samples, seed)
+
+
+def coco_matches(
+    ground_truth_json: str | Path | Mapping[str, Any],
+    results: Results,
+    is_base: Mapping[int, bool],
+    iou_type: str = "bbox",
+    max_dets: int = 100,
+) -> tuple[GroundTruth, np.ndarray, Matches]:
+    """Read, limit and match once, for whatever is to be computed from the matches.
+
+    Returns:
+        The annotations of the K classes of `is_base`, which of them are base (K,), the matches.
+    """
     if iou_type not in IOU_TYPES:
         raise ValueError(f"iou_type is {iou_type!r}; choose one of {', '.join(IOU_TYPES)}")
     if max_dets < 1:
@@ -56,12 +105,16 @@ def evaluate_coco_results(
     kept &= np.isin(table.category_ids, place)
     table = table.take(kept)
     table = replace(table, category_ids=np.searchsorted(place, table.category_ids))
-    scores = accumulate(match(ground_truth, table))
     base = np.asarray([bool(is_base[int(k)]) for k in ground_truth.category_ids])
-    return _metrics(scores.precision, scores.recall, base, max_dets)
+    return ground_truth, base, match(ground_truth, table)
 
 
-def _metrics(precision: np.ndarray, recall: np.ndarray, base: np.ndarray, max_dets: int) -> dict[str, float]:
+def _groups(base: np.ndarray) -> dict[str, np.ndarray]:
+    return {"": np.ones(len(base), bool), "base": base, "novel": ~base}
+
+
+def _metrics(scores: ClassScores, base: np.ndarray, max_dets: int) -> dict[str, float]:
+    precision, recall = scores.precision, scores.recall
     metrics = {"AP": mean(precision[..., 0]), "AP50": mean(precision[0, :, 0]), "AP75": mean(precision[5, :, 0])}
     metrics |= {f"AP{area}": mean(precision[..., a]) for a, area in enumerate(AREA_NAMES) if a}
     metrics[f"AR@{max_dets}"] = mean(recall[..., 0])
@@ -71,3 +124,47 @@ def _metrics(precision: np.ndarray, recall: np.ndarray, base: np.ndarray, max_de
         metrics[f"AP50_{name}"] = mean(precision[0, members, 0])
         metrics[f"AR@{max_dets}_{name}"] = mean(recall[:, members, 0])
     return metrics
+
+
+class CocoEvaluator(CollectingEvaluator):
+    """Collect a detector's outputs and measure them by COCO, for Detectron2's `inference_on_dataset`.
+
+    What goes in, what comes back and the files are `CollectingEvaluator`'s.
+
+    Args:
+        ground_truth_json: COCO annotation file, or its content.
+        output_dir: folder for the three files; None writes nothing.
+        is_base: category id -> whether it is a base class; see `evaluate_coco_results`.
+        max_dets: detections counted per picture and class.
+        class_ids: category id of each class index; None takes the ground truth's ids in ascending order.
+        samples: resamples of the pictures for the intervals in metrics.json and summary.md; 0 leaves intervals out.
+    """
+
+    protocol = "coco"
+
+    def __init__(
+        self,
+        ground_truth_json: str | Path | Mapping[str, Any],
+        output_dir: str | Path | None,
+        is_base: Mapping[int, bool],
+        max_dets: int = 100,
+        *,
+        class_ids: Sequence[int] | None = None,
+        samples: int = 0,
+    ) -> None:
+        super().__init__(ground_truth_json, output_dir, class_ids, samples)
+        self.is_base, self.max_dets = dict(is_base), max_dets
+
+    def measure(self, detections: DetectionTable, task: str) -> TaskResult:
+        """Measure all detections by COCO; `task` is "bbox" or "segm"."""
+        ground_truth, base, matches = coco_matches(self.ground_truth, detections, self.is_base, task, self.max_dets)
+        scores = accumulate(matches)
+        intervals = {}
+        if self.samples:
+            intervals = metric_intervals(matches, _groups(base), self.max_dets, self.samples, seed=0)
+        return TaskResult(_metrics(scores, base, self.max_dets), category_results(ground_truth, scores), intervals)
+
+    def headline(self, metrics: Mapping[str, Mapping[str, float]]) -> str:
+        """Return the table of AP and AP50 of base and novel classes."""
+        columns = ("AP", "AP50", "AP75", "AP50_base", "AP50_novel", "AP_base", "AP_novel", f"AR@{self.max_dets}")
+        return summary(metrics, "COCO average precision (percent)", columns)

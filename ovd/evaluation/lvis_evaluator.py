@@ -7,36 +7,27 @@ Matching is `matching`'s, accumulation `average_precision`'s; the numbers equal 
 in `coco_evaluator`.
 """
 
-import logging
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 
-from ovd.detections import Detections
 from ovd.evaluation.average_precision import ClassScores, accumulate, mean
-from ovd.evaluation.bootstrap import Interval, bootstrap, interval, intervals_table
+from ovd.evaluation.bootstrap import Interval, bootstrap, interval
+from ovd.evaluation.collecting import CollectingEvaluator, TaskResult
 from ovd.evaluation.matching import AREA_NAMES, Matches, match
-from ovd.evaluation.results import category_table, summary, write_json_atomic
+from ovd.evaluation.results import summary
 from ovd.evaluation.tables import (
     FREQUENCIES,
     IOU_TYPES,
     DetectionTable,
     GroundTruth,
     best_per,
-    read_json,
     read_lvis,
     read_results,
 )
-from pretrain.atomic import write_atomically
-
-logger = logging.getLogger(__name__)
 
 BASE, NOVEL = ("c", "f"), ("r",)
 FIXED_AP_DETECTIONS = 10_000  # per class over the data set (Dave et al., section 5)
@@ -139,6 +130,13 @@ def _intervals(
     ground_truth: GroundTruth, matches: Matches, max_dets: int, samples: int, seed: int
 ) -> dict[str, Interval]:
     groups = {"": np.ones(len(ground_truth.names), bool), **class_groups(ground_truth.frequencies)}
+    return metric_intervals(matches, groups, max_dets, samples, seed)
+
+
+def metric_intervals(
+    matches: Matches, groups: Mapping[str, np.ndarray], max_dets: int, samples: int, seed: int
+) -> dict[str, Interval]:
+    """Return the intervals of AP, AP50 and AR of groups of classes (name -> (K,) boolean) by `metric_name`."""
     return {
         metric_name(metric, group, max_dets if metric == "AR" else None): interval(values[0], least=0.0)
         for (group, metric), values in bootstrap([matches], groups, samples, seed).items()
@@ -147,22 +145,25 @@ def _intervals(
 
 def _report(ground_truth: GroundTruth, matches: Matches, max_dets: int) -> LVISReport:
     scores = accumulate(matches)
+    metrics = _metrics(scores, ground_truth.frequencies, max_dets)
+    return LVISReport(metrics, category_results(ground_truth, scores))
+
+
+def category_results(ground_truth: GroundTruth, scores: ClassScores) -> list[CategoryResult]:
+    """Return each class's result, in the order of their ids."""
     counts = np.bincount(ground_truth.category, minlength=len(ground_truth.names))
-    return LVISReport(
-        metrics=_metrics(scores, ground_truth.frequencies, max_dets),
-        categories=[
-            CategoryResult(
-                id=int(ground_truth.category_ids[k]),
-                name=name,
-                frequency=str(ground_truth.frequencies[k]),
-                num_ground_truth=int(counts[k]),
-                AP=mean(scores.precision[:, k, 0]),
-                AP50=mean(scores.precision[_IOU_50, k, 0]),
-                AR=mean(scores.recall[:, k, 0]),
-            )
-            for k, name in enumerate(ground_truth.names)
-        ],
-    )
+    return [
+        CategoryResult(
+            id=int(ground_truth.category_ids[k]),
+            name=name,
+            frequency=str(ground_truth.frequencies[k]),
+            num_ground_truth=int(counts[k]),
+            AP=mean(scores.precision[:, k, 0]),
+            AP50=mean(scores.precision[_IOU_50, k, 0]),
+            AR=mean(scores.recall[:, k, 0]),
+        )
+        for k, name in enumerate(ground_truth.names)
+    ]
 
 
 def lvis_matches(
@@ -219,13 +220,10 @@ def _metrics(scores: ClassScores, frequencies: np.ndarray, max_dets: int) -> dic
     return metrics
 
 
-class OpenVocabularyEvaluator(DatasetEvaluator):
+class OpenVocabularyEvaluator(CollectingEvaluator):
     """Collect a detector's outputs and measure them by LVIS, for Detectron2's `inference_on_dataset`.
 
-    `process` takes inputs with "image_id" and outputs with "instances" (`pred_boxes` in pixels of the original picture,
-    `scores`, `pred_classes`, perhaps `pred_masks` (N, H, W)). `evaluate` returns {"bbox": metrics}, and "segm"
-    where detections and ground truth have masks; it writes detections.json, metrics.json and summary.md into the output
-    folder.
+    What goes in, what comes back and the files are `CollectingEvaluator`'s.
 
     Args:
         ground_truth_json: LVIS annotation file, or its content.
@@ -237,6 +235,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             `max_dets` detections per picture, else it only counts what is left of them.
     """
 
+    protocol = "lvis"
+
     def __init__(
         self,
         ground_truth_json: str | Path | Mapping[str, Any],
@@ -247,85 +247,24 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         samples: int = 0,
         fixed_ap: bool = False,
     ) -> None:
-        self.ground_truth = read_json(ground_truth_json)
-        self.output_dir = None if output_dir is None else Path(output_dir)
-        self.max_dets, self.samples, self.fixed_ap = max_dets, samples, fixed_ap
-        known = sorted(category["id"] for category in self.ground_truth["categories"])
-        self.class_ids = known if class_ids is None else list(class_ids)
-        unknown = sorted(set(self.class_ids) - set(known))
-        if unknown:
-            raise ValueError(f"class_ids names category {unknown[0]}, which the ground truth does not list")
-        self.reset()
+        super().__init__(ground_truth_json, output_dir, class_ids, samples)
+        self.max_dets, self.fixed_ap = max_dets, fixed_ap
 
-    def reset(self) -> None:
-        """Forget what was collected."""
-        self._results: list[dict[str, Any]] = []
-        self._seen: set[int] = set()
-        self._has_masks = False
+    def measure(self, detections: DetectionTable, task: str) -> TaskResult:
+        """Measure all detections by LVIS; `task` is "bbox" or "segm"."""
+        matched = lvis_matches(self.ground_truth, detections, task, self.max_dets)
+        report = _report(*matched, self.max_dets)
+        intervals = _intervals(*matched, self.max_dets, self.samples, seed=0) if self.samples else {}
+        if self.fixed_ap:
+            fixed = evaluate_fixed_ap(self.ground_truth, detections, task)
+            report.metrics.update({f"{name}_fixed": fixed[name] for name in ("AP", "APr", "APc", "APf")})
+        return TaskResult(report.metrics, report.categories, intervals)
 
-    def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
-        """Collect one batch; see the class for the keys."""
-        for image, output in zip(inputs, outputs, strict=True):
-            instances = output["instances"]
-            self._results += Detections.from_instances(instances).to_coco(image["image_id"], self.class_ids)
-            self._has_masks |= instances.has("pred_masks")
-            self._seen.add(image["image_id"])
-
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Gather from all processes, measure, write the files; return {} on every process but the first."""
-        gathered = comm.gather((self._results, self._seen, self._has_masks), dst=0)
-        if not comm.is_main_process():
-            return {}
-        results = list(chain.from_iterable(part[0] for part in gathered))
-        missing = {image["id"] for image in self.ground_truth["images"]} - set().union(*(part[1] for part in gathered))
-        if missing:
-            # Their objects count as missed, so the numbers are lower than the detector deserves.
-            total = len(self.ground_truth["images"])
-            logger.warning("%d of %d pictures of the ground truth were never shown", len(missing), total)
-        tasks = IOU_TYPES if any(part[2] for part in gathered) and self._masks_are_given() else ("bbox",)
-        reports, intervals = {}, {}
-        for task in tasks:
-            matched = lvis_matches(self.ground_truth, results, task, self.max_dets)
-            reports[task] = _report(*matched, self.max_dets)
-            if self.samples:
-                intervals[task] = _intervals(*matched, self.max_dets, self.samples, seed=0)
-            if self.fixed_ap:
-                fixed = evaluate_fixed_ap(self.ground_truth, results, task)
-                reports[task].metrics.update({f"{name}_fixed": fixed[name] for name in ("AP", "APr", "APc", "APf")})
-        metrics = OrderedDict((task, report.metrics) for task, report in reports.items())
-        if self.output_dir is not None:
-            self._write(results, reports, metrics, intervals)
-        return metrics
-
-    def _masks_are_given(self) -> bool:
-        """Whether every annotation has a mask to compare with."""
-        bare = sum(not a.get("segmentation") for a in self.ground_truth["annotations"])
-        if bare:
-            total = len(self.ground_truth["annotations"])
-            logger.warning("%d of %d annotations have no mask: only boxes are measured", bare, total)
-        return not bare
-
-    def _write(
-        self,
-        results: list[dict],
-        reports: dict[str, LVISReport],
-        metrics: dict[str, dict[str, float]],
-        intervals: dict[str, dict[str, Interval]],
-    ) -> None:
+    def headline(self, metrics: Mapping[str, Mapping[str, float]]) -> str:
+        """Return the tables of AP by frequency."""
         columns = ("AP", "AP50", "AP75", "APr", "APc", "APf", f"AR@{self.max_dets}")
         text = summary(metrics, "LVIS average precision (percent)", columns)
         if self.fixed_ap:
             columns = ("AP_fixed", "APr_fixed", "APc_fixed", "APf_fixed")
             text += "\n" + summary(metrics, f"Fixed AP ({FIXED_AP_DETECTIONS:,} a class, percent)", columns)
-        for task, measured in intervals.items():
-            text += f"\n### Intervals over {self.samples} resamples, {task}\n\n{intervals_table(measured)}"
-        for task, report in reports.items():
-            text += f"\n### Classes, {task}\n\n{category_table(report.categories)}"
-        classes = {task: [asdict(category) for category in report.categories] for task, report in reports.items()}
-        write_json_atomic(self.output_dir / "detections.json", results)
-        content = {"metrics": metrics, "categories": classes}
-        if intervals:
-            content["intervals"] = {t: {k: asdict(v) for k, v in found.items()} for t, found in intervals.items()}
-        write_json_atomic(self.output_dir / "metrics.json", content)
-        write_atomically(self.output_dir / "summary.md", text)
-        logger.info("wrote detections.json, metrics.json and summary.md to %s", self.output_dir)
+        return text

@@ -6,11 +6,11 @@ Metrics are fractions in 0-1 with NaN where nothing could be measured; here they
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.atomic import write_atomically
+from pretrain.atomic import replacing, write_atomically
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AR@300")
 
@@ -104,6 +104,24 @@ def summary(results: Mapping[str, Mapping[str, float]], title: str, columns: Seq
 def write_json_atomic(path: str | Path, value: Any) -> Path:
     """Write JSON whole or not at all; NaN and infinities inside dicts and lists become null, which JSON has."""
     return write_atomically(path, json.dumps(_without_nan(value), allow_nan=False))
+
+
+def write_json_list_atomic(path: str | Path, parts: Iterable[Sequence[Any]]) -> Path:
+    """Write one JSON list of all the parts' entries, with a part in memory at a time, to the byte as
+    `write_json_atomic` writes the whole list.
+
+    Args:
+        parts: for example the detections of each picture.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write("[")
+        separator = ""
+        for part in parts:
+            if len(part):
+                file.write(separator + json.dumps(_without_nan(part), allow_nan=False)[1:-1])
+                separator = ", "
+        file.write("]")
+    return Path(path)
 
 
 def _without_nan(value: Any) -> Any:

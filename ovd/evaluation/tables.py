@@ -14,6 +14,7 @@ import numpy as np
 import pycocotools.mask as mask_codec
 
 from ovd.data.annotation_check import check_mask, check_structure
+from ovd.evaluation.packed_masks import PackedMasks
 from pretrain.parsing import parse_json
 
 IOU_TYPES = ("bbox", "segm")
@@ -25,7 +26,7 @@ class DetectionTable:
     """Detections as columns, a cheap form of a results list.
 
     image_ids, category_ids (N,) integers; scores (N,); boxes (N, 4) x, y, width, height in pixels, or None; masks N run
-    lengths ({"size": [height, width], "counts": …}), or None.
+    lengths ({"size": [height, width], "counts": …}), a list or `PackedMasks`, or None.
     """
 
     image_ids: np.ndarray
@@ -40,7 +41,9 @@ class DetectionTable:
     def take(self, rows: np.ndarray) -> "DetectionTable":
         """Return these rows (places or a boolean per row), in this order."""
         places = np.flatnonzero(rows) if rows.dtype == bool else rows
-        masks = None if self.masks is None else [self.masks[i] for i in places]
+        masks = self.masks
+        if masks is not None:
+            masks = masks.take(places) if isinstance(masks, PackedMasks) else [masks[i] for i in places]
         boxes = None if self.boxes is None else self.boxes[places]
         return DetectionTable(self.image_ids[places], self.category_ids[places], self.scores[places], boxes, masks)
 
@@ -320,7 +323,14 @@ def _refuse_row(result: Any, number: int, key: str, iou_type: str) -> None:
         raise ValueError(f"result {number} has a value that is no number in its range ({error})") from error
 
 
-def _checked_masks(results: DetectionTable, ground_truth: GroundTruth, image: np.ndarray) -> list[Mapping[str, Any]]:
+def _checked_masks(
+    results: DetectionTable, ground_truth: GroundTruth, image: np.ndarray
+) -> Sequence[Mapping[str, Any]]:
+    if isinstance(results.masks, PackedMasks):  # this project encoded them itself: only their sizes may be wrong
+        stated = results.masks.sizes[results.masks.picture]
+        wrong = (stated != np.asarray(ground_truth.sizes, np.int64)[image]).any(axis=1)
+        _refuse(wrong, lambda n: _wrong_size(stated[n].tolist(), results.image_ids[n], ground_truth.sizes[image[n]]))
+        return results.masks
     for number, mask in enumerate(results.masks):
         if not isinstance(mask, Mapping) or "counts" not in mask:
             raise ValueError(f"result {number} has a segmentation that is not run lengths; encode its mask")
@@ -328,9 +338,13 @@ def _checked_masks(results: DetectionTable, ground_truth: GroundTruth, image: np
         if not isinstance(mask.get("size"), (list, tuple)):
             raise ValueError(f"result {number} has a mask without its size (height, width); encode it again")
         if tuple(mask["size"]) != size:
-            raise ValueError(
-                f"result {number} has a mask of size {tuple(mask['size'])}, but image {results.image_ids[number]} has "
-                f"{size} (height, width); resize masks to the original picture"
-            )
+            raise ValueError(f"result {number} {_wrong_size(mask['size'], results.image_ids[number], size)}")
         check_mask(mask, size, f"result {number}")
     return [run_lengths(mask, tuple(mask["size"])) for mask in results.masks]
+
+
+def _wrong_size(stated: Sequence[Any], image_id: int, size: tuple[int | None, int | None]) -> str:
+    return (
+        f"has a mask of size {tuple(stated)}, but image {image_id} has {size} (height, width); "
+        "resize masks to the original picture"
+    )

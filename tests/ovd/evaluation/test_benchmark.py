@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("lvis")
 
+from ovd.evaluation import benchmark_memory
 from ovd.evaluation.benchmark import EvaluationBenchmark, as_list, make_detections, make_ground_truth, run, to_markdown
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,6 +36,16 @@ def test_generated_data_are_as_asked_and_one_seed_gives_one_set():
         assert not present & set(image["neg_category_ids"])
     again = as_list(make_detections(SMALL, make_ground_truth(SMALL)))
     assert again == as_list(columns)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_columns_are_held_and_written_in_a_fraction_of_the_dictionaries_memory(masks):
+    benchmark = EvaluationBenchmark(images=8, detections=60, classes=20)
+    columns, dictionaries = benchmark_memory.run(benchmark, masks, with_list=True)
+    assert columns.held < dictionaries.held / (2 if masks else 6)
+    assert columns.writing < dictionaries.writing / 2
+    text = benchmark_memory.to_markdown(benchmark, masks, [columns, dictionaries])
+    assert f"8 pictures x 60, {'boxes and masks' if masks else 'boxes'}" in text and "19,809 pictures, GB" in text
 
 
 def test_help_imports_neither_torch_nor_detectron2_and_a_bad_size_is_named():
