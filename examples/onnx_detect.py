@@ -1,19 +1,24 @@
 """Detect words in one picture with an exported detector: needs onnxruntime, numpy and pillow, nothing else.
 
-python examples/onnx_detect.py detector.onnx words.npz picture.jpg [lowest score, 0.3]
+python examples/onnx_detect.py detector.onnx words.npz picture.jpg [--threshold 0.3]
 
 The two files are made by: python tools/export.py --output detector.onnx --vocabulary "cat, taco" --words words.npz
 """
 
-import sys
+import argparse
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
 
-def detect(session: onnxruntime.InferenceSession, words: dict[str, np.ndarray], picture: Image.Image, least=0.3):
-    """(name, score, (x1, y1, x2, y2), mask) of each detection, in pixels of the picture; mask (height, width) bool."""
+def detect(session: onnxruntime.InferenceSession, words: dict[str, np.ndarray], picture: Image.Image, least=None):
+    """(name, score, (x1, y1, x2, y2), mask) of each detection, in pixels of the picture; mask (height, width) bool.
+
+    Scores below `least` are left out; None is 0.5 of calibrated scores and 0.3 of others, as in the package itself.
+    """
+    if least is None:  # without a calibration the curve leaves scores as they are
+        least = 0.3 if np.array_equal(words["calibration_scores"], words["calibration_shares"]) else 0.5
     about = session.get_modelmeta().custom_metadata_map
     if about["image_text_sha256"] != str(words["image_text_sha256"]):
         raise ValueError("these words were embedded by another model than the detector's; export them together")
@@ -36,7 +41,12 @@ def paste(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarra
 
 
 if __name__ == "__main__":
-    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-    picture = ImageOps.exif_transpose(Image.open(sys.argv[3])).convert("RGB")
-    for name, score, box, mask in detect(session, dict(np.load(sys.argv[2])), picture, *map(float, sys.argv[4:])):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("detector", "words", "picture"):
+        parser.add_argument(name)
+    parser.add_argument("--threshold", type=float, help="lowest score (default: 0.5 of calibrated scores, else 0.3)")
+    given = parser.parse_args()
+    session = onnxruntime.InferenceSession(given.detector, providers=["CPUExecutionProvider"])
+    picture = ImageOps.exif_transpose(Image.open(given.picture)).convert("RGB")
+    for name, score, box, mask in detect(session, dict(np.load(given.words)), picture, given.threshold):
         print(f"{score:.2f} {name}", *box.round().astype(int), "" if mask is None else f"{mask.sum()} pixels")

@@ -4,7 +4,7 @@ This file does not touch the network: see `OpenVocabularyDetector`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ovd.image_prompts import Prompts, embed_crops, split_prompts
-from ovd.text.embedding_file import SUFFIX, load_embeddings, read_info
+from ovd.text.embedding_file import SUFFIX, is_embedding_file, load_embeddings, read_info
 from ovd.text.embeddings import Prompts as Prompted
-from ovd.text.embeddings import embed_vocabulary
+from ovd.text.embeddings import embed_empty_prompt, embed_vocabulary
 from ovd.text.vocabulary import Vocabulary, normalize_word, prompt_phrase
 from pretrain.modeling.checkpoint import ImageTextModel
 
@@ -30,6 +30,8 @@ class ActiveVocabulary:
         is_base: (C + K,) bool, True for classes trained on.
         competitors: K words that take part in the scores and are not reported.
         prompted: templates and whether synonyms were used; None for given embeddings.
+        background: (D,) embedding that takes the competitors' place in the image-text score where nothing competes, so
+            that a word alone is not certain to be there; None where something does.
     """
 
     vocabulary: Vocabulary
@@ -37,6 +39,12 @@ class ActiveVocabulary:
     is_base: Tensor | None = None
     competitors: tuple[str, ...] = ()
     prompted: tuple[tuple[str, ...], bool] | None = None
+    background: Tensor | None = None
+
+    @property
+    def compete(self) -> bool:
+        """Whether the base classes take part in the scores, as words or as competitors."""
+        return self.background is None
 
 
 def word_forms(words: Iterable[str]) -> set[str]:
@@ -55,6 +63,7 @@ class VocabularyBuilder:
     def __init__(self, image_text: ImageTextModel, base_names: Sequence[str]) -> None:
         self.image_text, self.base_names = image_text, tuple(base_names)
         self._memory: dict[Prompted, Tensor] = {}
+        self._empty_prompt: Tensor | None = None
 
     def remember(self, rows: Mapping[Prompted, Tensor]) -> None:
         """Take rows that this text tower made before, by the prompts of their class."""
@@ -70,7 +79,9 @@ class VocabularyBuilder:
         use_synonyms: bool,
     ) -> ActiveVocabulary:
         """See `OpenVocabularyDetector.set_vocabulary`."""
-        own_file = isinstance(embeddings, (str, Path)) and Path(embeddings).suffix.lower() == SUFFIX
+        if embeddings is None and is_embedding_file(words):
+            words, embeddings = None, words
+        own_file = is_embedding_file(embeddings)
         if words is None:
             if not own_file:
                 raise ValueError(f"no words were given; give some, or a {SUFFIX} file of embeddings that names its own")
@@ -94,7 +105,10 @@ class VocabularyBuilder:
             rest = self._embed(Vocabulary.from_words(others), templates, use_synonyms)
             rows = torch.cat([rows.to(rest), rest])
             is_base = torch.cat([is_base, torch.ones(len(rest), dtype=torch.bool)])
-        return ActiveVocabulary(vocabulary, rows, is_base, tuple(others), prompted)
+        # A vocabulary may name all base classes itself: they compete then, and none is left to be added.
+        compete = others or (competitors and self.base_names and len(vocabulary) > 1)
+        background = None if compete else self._background()
+        return ActiveVocabulary(vocabulary, rows, is_base, tuple(others), prompted, background)
 
     def with_image_prompt(self, active: ActiveVocabulary | None, name: str, crops: Sequence[Any]) -> ActiveVocabulary:
         """A vocabulary and one more class, or one class in the place of the word of that name."""
@@ -108,13 +122,18 @@ class VocabularyBuilder:
         if places:
             rows, is_base = active.embeddings.clone(), active.is_base.clone()
             rows[places[0]], is_base[places[0]] = row, False
-            return ActiveVocabulary(words, rows, is_base, active.competitors, active.prompted)
+            return replace(active, embeddings=rows, is_base=is_base)
         added = Vocabulary.from_words([name])
         words = Vocabulary((*words.words, *added.words), (*words.synonyms, *added.synonyms))
         old, flags = active.embeddings, active.is_base
         rows = torch.cat([old[:count], row[None].to(old), old[count:]])
         is_base = torch.cat([flags[:count], torch.zeros(1, dtype=torch.bool), flags[count:]])
-        return ActiveVocabulary(words, rows, is_base, active.competitors, active.prompted)
+        return replace(active, vocabulary=words, embeddings=rows, is_base=is_base)
+
+    def _background(self) -> Tensor:
+        if self._empty_prompt is None:
+            self._empty_prompt = embed_empty_prompt(self.image_text)
+        return self._empty_prompt
 
     def _with_pictures(self, rows: Tensor, is_base: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Rows of crops in the place of those of their names; what is shown counts as not trained on."""

@@ -46,7 +46,8 @@ class ScoreCalibration:
 
         Args:
             num_words: words reported, at least 1.
-            competitors: the base classes compete for the scores.
+            competitors: the base classes compete for the scores; otherwise the empty prompt does, for the image-text
+                score.
         """
         table = self.curves.get(competitors) or next(iter(self.curves.values()))
         sizes = sorted(table)
@@ -132,7 +133,7 @@ def fit_curve(scores: np.ndarray, is_right: np.ndarray) -> Curve:
 def inference_settings(architecture: Any) -> dict[str, Any]:
     """The fields of a `DetectorConfig` that change scores or which detections there are, without new weights."""
     names = ("alpha", "beta", "objectness_delta", "detector_temperature", "nms_threshold", "vlm_scale")
-    return {name: getattr(architecture, name) for name in names}
+    return {name: getattr(architecture, name) for name in (*names, "vlm_background")}
 
 
 def save_calibration(path: str | Path, calibration: ScoreCalibration) -> Path:
@@ -184,7 +185,8 @@ def read_fitting_calibration(path: Path, architecture: Any) -> ScoreCalibration 
     if not path.is_file():
         return None
     calibration, present = read_calibration(path), inference_settings(architecture)
-    changed = [f"{n} {v} (now {present.get(n)})" for n, v in calibration.settings.items() if present.get(n) != v]
+    made = {"vlm_background": False} | dict(calibration.settings)  # older files have no such field
+    changed = [f"{n} {v} (now {present.get(n)})" for n, v in made.items() if present.get(n) != v]
     if changed:
         warnings.warn(
             f"{path} was made with {', '.join(changed)}, so scores stay as the network gives them; run "

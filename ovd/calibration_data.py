@@ -154,21 +154,24 @@ def _read_picture(
     return Picture(regions, boxes, torch.tensor([of_category[o["category_id"]] for o in objects]), absent)
 
 
-def restrict(regions: RegionScores, words: Tensor) -> RegionScores:
+def restrict(regions: RegionScores, words: Tensor, background: bool = True) -> RegionScores:
     """The scores there would have been with some of the words only.
 
     Args:
         regions: scores of all words.
         words: (C,) their places, in the new order.
+        background: the image-text score keeps its background, if it has any.
     """
     tiny = torch.finfo(torch.float32).tiny
-    z = regions.detector[:, torch.cat([torch.zeros(1, dtype=torch.long), 1 + words])]
-    p = regions.image_text
+    columns = torch.cat([torch.zeros(1, dtype=torch.long), 1 + words])
+    z, p = regions.detector[:, columns], regions.image_text
     if not regions.independent:
         z = z / z.sum(dim=1, keepdim=True).clamp_min(tiny)
     if p is not None:
-        p = p[:, 1 + words]
-        p = torch.cat([torch.zeros(len(p), 1), p / p.sum(dim=1, keepdim=True).clamp_min(tiny)], dim=1)
+        p = p[:, columns]
+        if not background:
+            p[:, 0] = 0
+        p = p / p.sum(dim=1, keepdim=True).clamp_min(tiny)
     return replace(regions, detector=z, image_text=p)
 
 
@@ -189,6 +192,7 @@ def collect_outcomes(
     """
     rng = np.random.default_rng(seed)
     total = pictures[0].regions.detector.shape[1] - 1
+    always = detector.model.architecture.vlm_background  # else it stands in for competitors only
     found: dict[Key, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for number, picture in enumerate(pictures):
         own = np.unique(picture.labels[picture.labels >= 0].numpy())
@@ -198,7 +202,8 @@ def collect_outcomes(
                 rest = np.setdiff1d(np.arange(num_base), words)
                 for compete in (False, True):
                     columns = torch.from_numpy(np.concatenate([words, rest]) if compete else words)
-                    scores, right = _judge(detector, picture, columns, size, num_base)
+                    background = always or not compete
+                    scores, right = _judge(detector, picture, columns, size, num_base, background)
                     entry = (scores, right, np.full(len(scores), number))
                     found.setdefault((compete, size), []).append(entry)
     return {key: Outcomes(*(np.concatenate(part) for part in zip(*v, strict=True))) for key, v in found.items()}
@@ -212,10 +217,15 @@ def _draw(rng: np.random.Generator, own: Sequence[int], size: int, num_base: int
 
 
 def _judge(
-    detector: OpenVocabularyDetector, picture: Picture, words: Tensor, reported: int, num_base: int
+    detector: OpenVocabularyDetector,
+    picture: Picture,
+    words: Tensor,
+    reported: int,
+    num_base: int,
+    background: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the detections that can be judged, best first, and whether they are right."""
-    heads, regions = detector.model.roi_heads, restrict(picture.regions, words)
+    heads, regions = detector.model.roi_heads, restrict(picture.regions, words, background)
     fused = regions.fused(words < num_base, heads.alpha, heads.beta, heads.objectness_delta)[:, 1 : 1 + reported]
     threshold = max(_LEAST_SCORE, heads.box_predictor.test_score_thresh)
     nms = heads.box_predictor.test_nms_thresh

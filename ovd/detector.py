@@ -17,7 +17,7 @@ from torch import Tensor
 from ovd.active_vocabulary import ActiveVocabulary, VocabularyBuilder
 from ovd.arguments import share, whole
 from ovd.calibration import CALIBRATION, ScoreCalibration, ShownScores, read_fitting_calibration
-from ovd.data.images import read_image
+from ovd.data.images import read_pixels
 from ovd.data.mapper import ResizeLongestSide
 from ovd.detections import Detections
 from ovd.detector_folder import (
@@ -28,6 +28,7 @@ from ovd.detector_folder import (
     read_detector,
     read_prompting,
     save_detector,
+    shipped_folder,
 )
 from ovd.explanation import Explanation, explain_box, explain_detection
 from ovd.image_prompts import as_crops
@@ -85,9 +86,7 @@ class OpenVocabularyDetector:
         self._active: ActiveVocabulary | None = None  # never changed, only replaced: a call keeps the one it began with
         self._applied: ActiveVocabulary | None = None  # whose matrix is in the network
         self._network_lock, self._vocabulary_lock = threading.RLock(), threading.RLock()
-        self.precision, self._dtype = "float32", None
-        if precision != "float32":
-            self.set_precision(precision)
+        self.set_precision(precision)
 
     @classmethod
     def from_checkpoint(
@@ -126,14 +125,7 @@ class OpenVocabularyDetector:
         Raises:
             ValueError: there is none of that name.
         """
-        folder = Path(__file__).parent / "weights"
-        if not (folder / name / CONFIG).is_file():
-            there = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
-            raise ValueError(
-                f"no detector named {name!r} ships with this installation (there is: {', '.join(there) or 'none'}); "
-                "train one with tools/train_net.py and give its folder"
-            )
-        return cls.from_checkpoint(folder / name, device, precision)
+        return cls.from_checkpoint(shipped_folder(name), device, precision)
 
     @property
     def device(self) -> torch.device:
@@ -190,14 +182,16 @@ class OpenVocabularyDetector:
 
         Args:
             words: "cat, dog", a list, a path to a .txt (one word a line) or .json (LVIS, COCO) file, "lvis" (its 1,203
-                names) or "coco" (its 80); with pictures as queries a list in which PIL images stand among words, or
-                {name: crop, list of crops, or None for the word}; None takes the words of the embedding file.
+                names) or "coco" (its 80); a .safetensors file of tools/embed_vocabulary.py, whose words and embeddings
+                are taken; with pictures as queries a list in which PIL images stand among words, or {name: crop, list
+                of crops, or None for the word}; None takes the words of the embedding file.
             base_words: words to treat as trained on; None takes the categories that the detector was trained on.
             templates: prompts for the text tower; None takes those that the detector was trained with.
             embeddings: use these instead of the text tower: (C, D), or a path to a file of tools/embed_vocabulary.py
                 (which must have been made by this detector's text tower) or to a .npy matrix.
             competitors: let the categories trained on compete for the scores without being reported, so that a peach
                 is not called a taco for want of a better word. Not with given matrices, which may come from elsewhere.
+                Where nothing competes, the empty prompt takes the rest of the image-text score, as F-VLM's background.
             use_synonyms: average over all phrases of a word that the vocabulary gives ("lvis" does).
 
         Returns:
@@ -241,7 +235,8 @@ class OpenVocabularyDetector:
         """Bring a vocabulary's matrix into the network; the caller holds the lock."""
         if active.embeddings is not None and self._applied is not active:
             self._applied = None  # should the next line refuse
-            self.model.set_text_embeddings(active.embeddings, active.is_base, num_reported=len(active.vocabulary))
+            reported = len(active.vocabulary)
+            self.model.set_text_embeddings(active.embeddings, active.is_base, reported, None, active.background)
             self._applied = active
 
     @contextmanager
@@ -298,7 +293,7 @@ class OpenVocabularyDetector:
             raise ValueError("explain wants one region: give either box or index")
         active, top = self._current(), whole(top, "top", 1)
         index = None if index is None else whole(index, "index", 0)
-        words, inputs = active.vocabulary.words + active.competitors, self._inputs(_pixels(image))
+        words, inputs = active.vocabulary.words + active.competitors, self._inputs(read_pixels(image))
         with self._network(active) as model:
             if box is not None:
                 return explain_box(model, inputs, words, box, top)
@@ -349,17 +344,17 @@ class OpenVocabularyDetector:
         tile = None if tile is None else whole(tile, "tile", 1)
         threshold = score_threshold if threshold is None else threshold
         threshold = None if threshold is None else share(threshold, "threshold")
-        scale = ShownScores(self.calibration if calibrated else None, len(active.vocabulary), bool(active.competitors))
+        scale = ShownScores(self.calibration if calibrated else None, len(active.vocabulary), active.compete)
         least = scale.raw(threshold)
         images = image if isinstance(image, (list, tuple)) else [image]
         if tile is None:
             found = []
             for start in range(0, len(images), batch_size):
-                pixels = [_pixels(one) for one in images[start : start + batch_size]]
+                pixels = [read_pixels(one) for one in images[start : start + batch_size]]
                 found += self._detect(pixels, active, least, max_detections)
         else:
             found = [
-                self._detect_tiles(_pixels(one), active, least, max_detections, batch_size, tile, overlap)
+                self._detect_tiles(read_pixels(one), active, least, max_detections, batch_size, tile, overlap)
                 for one in images
             ]
         for detections in found:
@@ -403,11 +398,3 @@ class OpenVocabularyDetector:
             parts = [pixels[y1:y2, x1:x2] for x1, y1, x2, y2 in windows[start : start + batch_size]]
             found += self._detect(parts, active, least, limit)
         return merge_windows(found, windows, (height, width), self.model.architecture.nms_threshold, limit)
-
-
-def _pixels(image: Any) -> np.ndarray:
-    """Upright RGB of anything `predict` takes."""
-    if isinstance(image, Tensor):
-        image = image.detach().cpu()
-        image = (image.permute(1, 2, 0) if image.dim() == 3 else image).numpy()
-    return read_image(image)

@@ -37,6 +37,22 @@ IMAGE_TEXT = "image_text"
 BASE_WORDS = "base_words.safetensors"
 
 
+def shipped_folder(name: str) -> Path:
+    """Folder of a detector that ships with the package.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    folder = Path(__file__).parent / "weights"
+    if not (folder / name / CONFIG).is_file():
+        there = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        raise ValueError(
+            f"no detector named {name!r} ships with this installation (there is: {', '.join(there) or 'none'}); "
+            "train one with tools/train_net.py and give its folder"
+        )
+    return folder / name
+
+
 def read_detector(
     folder: str | Path, changes: dict[str, Any] | None = None
 ) -> tuple[OpenVocabularyRCNN, ImageTextModel, list[str]]:

@@ -26,7 +26,7 @@ class WordScore:
         image_text: the image-text model's probability p, None without such scores.
         weight: w of z^(1-w) * p^w; alpha for base words, beta for the others, 0 without image-text scores.
         fused: after fusion and renormalisation.
-        score: what is reported: fused times objectness^delta.
+        score: fused times objectness^delta: what is reported where scores are not calibrated.
         is_base: the word counts as trained on.
         reported: False for words that only compete for the scores.
     """
@@ -71,10 +71,11 @@ class Explanation:
             image_text = "-" if w.image_text is None else f"{w.image_text:.4f}"
             numbers = [f"{w.detector:.4f}", image_text, f"{w.weight:.2f}", f"{w.fused:.4f}", f"{w.score:.4f}"]
             body.append([f"{w.word} ({'base' if w.is_base else 'novel'}{note})", *numbers])
-        head = ["word", "detector z", "image-text p", "weight w", "fused", "score"]
+        head = ["word", "detector z", "image-text p", "weight w", "fused", "raw score"]
         box = ", ".join(f"{value:.1f}" for value in self.box)
         return (
             f"{text_table(head, body)}\n"
+            "raw score: before any calibration, as predict(picture, calibrated=False) gives it\n"
             f"box: {box}\n"
             f"background: detector {self.background:.4f}, fused {self.background_fused:.4f}\n"
             f"objectness: {self.objectness:.4f} (proposal with overlap {self.overlap:.2f}), exponent {self.delta:g}\n"

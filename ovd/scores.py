@@ -38,10 +38,13 @@ PICTURES = "pictures"
 _EXACT = ("proposals", "boxes", "objectness")  # always float32; the others are probabilities
 DTYPES = ("float32", "float16")
 _MASKS_AT_ONCE = 100  # pasted into a picture of 1,024 px they are 100 MB
-# What is decided after the scores and may differ from the run that cached them.
+# What is decided after the scores and may differ from the run that cached them, and what is training's alone.
 _DECIDED_LATER = (
     "alpha", "beta", "objectness_delta", "nms_threshold", "score_threshold", "detections_per_image",
+    "box_smooth_l1_beta",
 )  # fmt: skip
+# Fields added since the first caches, and the value that these were made with: left out, they still count.
+_ADDED = {"vlm_background": False}
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def collect_scores(
     description = {
         "dtype": dtype,
         "weights": weights_hash(model),
-        "architecture": {k: v for k, v in asdict(model.architecture).items() if k not in _DECIDED_LATER},
+        "architecture": _described(model),
         "embeddings": _hash([embeddings]),
         "is_base": _hash([model.roi_heads.is_base]),
         "annotations": fingerprint(Path(annotations)),
@@ -200,6 +203,12 @@ def collect_scores(
     for record in progress(missing) if progress else missing:
         cache.write(_score(model, mapper(record), masks))
     return cache, ground_truth
+
+
+def _described(model: OpenVocabularyRCNN) -> dict[str, Any]:
+    """The fields of the architecture that scores depend on."""
+    known = asdict(model.architecture).items()
+    return {k: v for k, v in known if k not in _DECIDED_LATER and (k not in _ADDED or v != _ADDED[k])}
 
 
 def use_categories(detector: OpenVocabularyDetector, categories: Sequence[dict], prompting: Prompting) -> Tensor:

@@ -21,6 +21,7 @@ from ovd.detections import Detections
 from ovd.evaluation.lvis_evaluator import evaluate_results
 from ovd.evaluation.results import format_percent, text_table
 from ovd.modeling.roi_heads import OpenVocabularyROIHeads, RegionScores
+from ovd.modeling.setting_ranges import check_setting
 from ovd.modeling.temperature import temper
 from ovd.scores import ScoreCache, clipped_boxes
 
@@ -46,14 +47,10 @@ class ScoreSettings:
     image_text_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but a fusion weight lies in 0..1; choose one there")
-        if not 0 <= self.delta < math.inf:
-            raise ValueError(f"delta is {self.delta}, but the objectness exponent is at least 0; choose one there")
-        for name in ("detector_temperature", "image_text_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, but a temperature is above 0; choose one there")
+        for name in ("alpha", "beta", "detector_temperature"):
+            check_setting(name, getattr(self, name))
+        check_setting("objectness_delta", self.delta, "delta")
+        check_setting("detector_temperature", self.image_text_temperature, "image_text_temperature")
 
 
 @dataclass(frozen=True)

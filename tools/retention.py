@@ -1,6 +1,6 @@
 """What fine-tuning did to its own words and to all others: average precision before and after, with intervals.
 
-python tools/retention.py --before mini --after runs/finetuned/detector --annotations data/mini/mini_lvis_test.json \
+python tools/retention.py --before mini --after runs/finetuned/detector --annotations data/mini/mini_lvis_test.json \\
     --fine-tuned taco,violin --output runs/retention
 """
 

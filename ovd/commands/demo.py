@@ -13,6 +13,7 @@ from ovd.commands.quiet import quieten_libraries
 from pretrain.commands.outcome import exit_status
 
 FORMATS = ("json", "csv", "labelme", "yolo")
+VOCABULARY = '"koala, taco", a .txt or .json file, lvis or coco, or a file of tools/embed_vocabulary.py'
 EPILOG = """\
 Pictures give <name>.png, videos <name>.mp4. --save adds, in the output folder:
   json     detections.json (COCO style; masks as run lengths), for a video <name>.jsonl with a line a frame
@@ -45,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", required=True, nargs="+", metavar="PATH", help="pictures, videos, folders, or 0 for a camera")
-    add("--vocabulary", required=True, metavar="WORDS", help='"koala, taco", a .txt or .json file, lvis or coco')
+    add("--vocabulary", required=True, metavar="WORDS", help=VOCABULARY)
     add("--output", type=Path, default=Path("demo/detections"), help="folder (default: %(default)s)")
     add("--save", nargs="*", choices=FORMATS, default=["json"], help="besides the drawings (default: json)")
     add("--weights", default="mini", metavar="DIR", help="detector folder, or a name that ships (default: %(default)s)")
@@ -88,12 +89,17 @@ def run(options: argparse.Namespace) -> int:
     # Cheap checks first: a mistyped path should not have to wait for the network to load.
     from ovd.known_vocabularies import parse_vocabulary
     from ovd.sources import sort_sources
+    from ovd.text.embedding_file import is_embedding_file, read_info
 
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a damaged video gets one sentence of ours
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     pictures, videos = sort_sources(options.input)
-    with notes():
-        vocabulary = parse_vocabulary(options.vocabulary)
+    vocabulary = options.vocabulary
+    if is_embedding_file(vocabulary):
+        read_info(vocabulary)
+    else:
+        with notes():
+            vocabulary = parse_vocabulary(vocabulary)
     detector = load_detector(options.weights, options.device, options.precision)
     with notes():
         detector.set_vocabulary(vocabulary)

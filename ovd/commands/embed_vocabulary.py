@@ -1,6 +1,7 @@
 """Embed words with a model's text tower, keep them in a file that knows what made it, and say what is wrong with them.
 
-python tools/embed_vocabulary.py --checkpoint DIR --vocabulary words.txt --output words.safetensors
+python tools/embed_vocabulary.py --checkpoint mini --vocabulary words.txt --output words.safetensors
+ovd-demo --weights mini --vocabulary words.safetensors --input pictures/
 """
 
 import argparse
@@ -13,7 +14,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="DIR", help="detector folder, or image-text checkpoint")
+    add(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a detector's folder or name (mini), or a checkpoint",
+    )
     add("--vocabulary", required=True, metavar="WORDS", help='"koala, taco", or a .txt or (LVIS, COCO) .json file')
     add("--output", required=True, type=Path, metavar="FILE", help="file to write, ends in .safetensors")
     add("--templates", type=Path, metavar="FILE", help="prompts with {}, one a line (default: the detector's own)")
@@ -35,21 +42,23 @@ def run(options: argparse.Namespace) -> None:
     import warnings
 
     from ovd.detector_folder import CONFIG, IMAGE_TEXT, read_prompting
+    from ovd.engine.finetune import detector_folder
     from ovd.text.diagnostics import background_of, diagnose_vocabulary
     from ovd.text.embedding_file import save_embeddings
     from ovd.text.embeddings import Prompting, embed_vocabulary, read_templates
     from pretrain.engine.device import Device
     from pretrain.modeling.checkpoint import load_checkpoint
 
-    own = read_prompting(options.checkpoint) if (options.checkpoint / CONFIG).is_file() else Prompting()
+    folder = options.checkpoint if options.checkpoint.is_dir() else detector_folder(options.checkpoint)
+    own = read_prompting(folder) if (folder / CONFIG).is_file() else Prompting()
     templates = read_templates(options.templates) if options.templates else own.templates
     synonyms = own.use_synonyms and not options.no_synonyms
-    inner = options.checkpoint / IMAGE_TEXT
-    model = load_checkpoint(inner if inner.is_dir() else options.checkpoint, Device(options.device).torch_device)
+    inner = folder / IMAGE_TEXT
+    model = load_checkpoint(inner if inner.is_dir() else folder, Device(options.device).torch_device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* are cut short", category=UserWarning)  # in the diagnosis below
         embeddings = embed_vocabulary(vocabulary, model, templates, synonyms)
-    background, source = background_of(options.checkpoint, model)
+    background, source = background_of(folder, model)
     findings = diagnose_vocabulary(
         vocabulary, embeddings, model.tokenizer, templates, synonyms, background, options.threshold
     )

@@ -55,8 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     from ovd.engine.processes import run_in_processes
 
+    mendable = (ValueError, FileNotFoundError, FloatingPointError)
     return exit_status(
-        lambda: run_in_processes(run, options.num_gpus, (options,)),
+        lambda: run_in_processes(run, options.num_gpus, (options,), mendable),
         "interrupted; continue with the same command and --resume",
-        mendable=(ValueError, FileNotFoundError, FloatingPointError),
+        mendable,
     )

@@ -66,9 +66,14 @@ def prepare_coco(root: str | Path, image_root: str | Path | None = None, sample:
     """
     root = Path(root)
     image_root = root if image_root is None else Path(image_root)
-    folder = root / "annotations" if (root / "annotations").is_dir() else root
+    parts = (("instances_val2017.json", "val2017"), ("instances_train2017.json", "train2017"))
+    folder = next((f for f in (root / "annotations", root) if any((f / name).is_file() for name, _ in parts)), root)
     report = {}
-    for name, part in (("instances_val2017.json", "val2017"), ("instances_train2017.json", "train2017")):
+    for name, part in parts:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{root} holds no annotations/{name}: download COCO 2017's annotations and unpack them there"
+            )
         content = split_coco(read_ground_truth(folder / name, drop_empty_boxes=True))
         for image in content["images"]:  # COCO's names lack the folder
             image["file_name"] = f"{part}/{Path(image['file_name']).name}"

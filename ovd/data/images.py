@@ -6,6 +6,7 @@ Colour profiles are ignored. Writing and drawing are not done here.
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,6 +21,14 @@ ImageSource = str | os.PathLike | bytes | bytearray | Image.Image | np.ndarray
 
 class ImageError(ValueError):
     """A picture that cannot be used; the message names it and the reason."""
+
+
+def read_pixels(source: Any) -> np.ndarray:
+    """As `read_image`, also of a uint8 tensor (3, H, W) or (H, W)."""
+    if hasattr(source, "detach"):  # a tensor; reading files needs no torch, which is slow to import and large
+        source = source.detach().cpu()
+        source = (source.permute(1, 2, 0) if source.dim() == 3 else source).numpy()
+    return read_image(source)
 
 
 def read_image(source: ImageSource, upright: bool = True) -> np.ndarray:

@@ -58,11 +58,7 @@ def read_ground_truth(path: str | Path, drop_empty_boxes: bool = False) -> dict[
     """
     path = Path(path)
     if not path.is_file():
-        if path.name.startswith("mini_lvis_"):
-            remedy = "python tools/prepare_data.py makes it"
-        else:
-            remedy = "give the path of an LVIS or COCO annotation file"
-        raise FileNotFoundError(f"annotation file {path} does not exist: {remedy}")
+        raise FileNotFoundError(f"annotation file {path} does not exist: {_origin(path.name)}")
     try:
         ground_truth = parse_json(path.read_bytes())
     except ValueError as error:
@@ -78,6 +74,19 @@ def read_ground_truth(path: str | Path, drop_empty_boxes: bool = False) -> dict[
     _check_categories(path, ground_truth["categories"])
     _check_annotations(path, ground_truth)
     return ground_truth
+
+
+def _origin(name: str) -> str:
+    """Where an annotation file that is not there would come from."""
+    if name.startswith("lvis_v1_"):
+        return (
+            "download LVIS v1 and run python tools/prepare_data.py lvis; if its files lie elsewhere, give their paths"
+        )
+    commands = {"mini_lvis_": "mini", "ovcoco_": "coco"}
+    made_by = next((command for start, command in commands.items() if name.startswith(start)), None)
+    if made_by:
+        return f"python tools/prepare_data.py {made_by} makes it"
+    return "give the path of an LVIS or COCO annotation file"
 
 
 def _drop_empty_boxes(path: Path, ground_truth: dict) -> None:

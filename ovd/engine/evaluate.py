@@ -16,10 +16,11 @@ from detectron2.evaluation import inference_on_dataset
 
 from ovd.data.lvis import base_novel_split, read_ground_truth
 from ovd.engine.run_text import embed_once
-from ovd.evaluation.coco_evaluator import evaluate_coco_results
+from ovd.evaluation.coco_evaluator import CocoEvaluator
 from ovd.evaluation.lvis_evaluator import OpenVocabularyEvaluator
 from ovd.evaluation.results import markdown_table
 from ovd.modeling.rcnn import OpenVocabularyRCNN
+from ovd.modeling.setting_ranges import check_setting
 from ovd.precision import find_dtype
 from ovd.text.embeddings import Prompting
 from ovd.text.vocabulary import Vocabulary
@@ -48,6 +49,22 @@ def derangement(size: int, seed: int = 0) -> np.ndarray:
     return shuffled
 
 
+def check_settings(fusion: Mapping[str, float], inference: Mapping[str, float]) -> None:
+    """Refuse what `apply_settings` cannot use, without a detector: before a training that it would end.
+
+    Raises:
+        ConfigError: no such setting, or a value that it cannot have; the message names the field.
+    """
+    for group, given, known in (("fusion", fusion, FUSION_SETTINGS), ("inference", inference, INFERENCE_SETTINGS)):
+        for name, value in given.items():
+            if name not in known:
+                raise ConfigError(f"evaluation.{group}.{name} is no setting of {group}: {', '.join(known)}")
+            try:
+                check_setting(name, value, f"evaluation.{group}.{name}")
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+
+
 def apply_settings(
     model: OpenVocabularyRCNN, fusion: Mapping[str, float], inference: Mapping[str, float], fixed_ap: bool
 ) -> None:
@@ -59,13 +76,10 @@ def apply_settings(
         fixed_ap: that is to be measured too.
 
     Raises:
-        ConfigError: no such setting; or fixed AP of a detector that keeps only what AP itself looks at.
+        ConfigError: see `check_settings`; or fixed AP of a detector that keeps only what AP itself looks at.
     """
+    check_settings(fusion, inference)
     heads = model.roi_heads
-    for group, given, known in (("fusion", fusion, FUSION_SETTINGS), ("inference", inference, INFERENCE_SETTINGS)):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ConfigError(f"evaluation.{group}.{unknown[0]} is no setting of {group}: {', '.join(known)}")
     for name, value in fusion.items():
         setattr(heads, name, value)
     for name, value in inference.items():
@@ -100,10 +114,9 @@ def evaluate_detector(
         output: folder for results and tables, one sub-folder per row.
         control: also run with shuffled text embeddings.
         protocol: "lvis" (300 detections a picture, labels may be incomplete as the file says) or "coco" (100 a picture
-            and class, everything is labelled; OV-COCO is measured so). Files of `output` other than the detections are
-            LVIS's either way.
+            and class, everything is labelled; OV-COCO is measured so).
         samples: resamples of the pictures for the intervals in each row's metrics.json and summary.md; 0 for none.
-        fixed_ap: also measure AP_fixed, APr_fixed, …; see `OpenVocabularyEvaluator`.
+        fixed_ap: also measure AP_fixed, APr_fixed, …, which are LVIS's; see `OpenVocabularyEvaluator`.
         text_cache: folder that keeps the categories' text embeddings; see `embed_vocabulary`.
         precision: of matrix products, see `OpenVocabularyDetector.set_precision`.
 
@@ -112,18 +125,17 @@ def evaluate_detector(
         process but the first.
 
     Raises:
-        ValueError: another protocol, or no such precision on this device.
+        ValueError: another protocol, fixed AP of COCO's, or no such precision on this device.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"evaluation.protocol is {protocol!r}: choose {' or '.join(PROTOCOLS)}")
+    _check_protocol(protocol, fixed_ap)
     dtype = find_dtype(precision, model.device)
     autocast = torch.autocast(model.device.type, dtype, enabled=dtype is not None)
     ground_truth = read_ground_truth(annotations)
     categories = sorted(ground_truth["categories"], key=lambda c: c["id"])
     base = {c["id"] for c in base_novel_split(categories)[0]}
-    is_base = torch.tensor([c["id"] in base for c in categories])
-    vocabulary = Vocabulary.from_categories(categories)
-    embeddings = embed_once(vocabulary, image_text, prompting, text_cache)
+    split = {c["id"]: c["id"] in base for c in categories}
+    is_base = torch.tensor(list(split.values()))
+    embeddings = embed_once(Vocabulary.from_categories(categories), image_text, prompting, text_cache)
     rows = {"model": embeddings}
     if control:
         rows["shuffled text"] = embeddings[torch.from_numpy(derangement(len(embeddings)))]
@@ -131,15 +143,21 @@ def evaluate_detector(
     for name, matrix in rows.items():
         model.set_text_embeddings(matrix.to(model.device), is_base.to(model.device))
         folder = output / name.replace(" ", "_")
-        evaluator = OpenVocabularyEvaluator(ground_truth, folder, samples=samples, fixed_ap=fixed_ap)
+        if protocol == "coco":
+            evaluator = CocoEvaluator(ground_truth, folder, split, samples=samples)
+        else:
+            evaluator = OpenVocabularyEvaluator(ground_truth, folder, samples=samples, fixed_ap=fixed_ap)
         with _sparing("detectron2.evaluation.evaluator"), autocast:
             # A plain dict: Detectron2 gives an empty OrderedDict or None where another process has the metrics.
             results[name] = dict(inference_on_dataset(model, loader, evaluator) or {})
-        if protocol == "coco":
-            detections = folder / "detections.json"
-            split = {c["id"]: c["id"] in base for c in categories}
-            results[name] = {t: evaluate_coco_results(ground_truth, detections, split, t) for t in results[name]}
     return results
+
+
+def _check_protocol(protocol: str, fixed_ap: bool) -> None:
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"evaluation.protocol is {protocol!r}: choose {' or '.join(PROTOCOLS)}")
+    if protocol == "coco" and fixed_ap:
+        raise ConfigError("evaluation.fixed_ap is of the LVIS protocol: set it to False with evaluation.protocol=coco")
 
 
 class _NowAndThen(logging.Filter):

@@ -11,7 +11,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ovd.engine.evaluate import FUSION_SETTINGS, INFERENCE_SETTINGS
+from ovd.engine.evaluate import FUSION_SETTINGS, INFERENCE_SETTINGS, check_settings
 from ovd.modeling.detector_config import DetectorConfig
 from pretrain.config import ConfigError
 
@@ -28,8 +28,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Any:
     """Load a config file and apply `key=value` overrides.
 
     Raises:
-        ConfigError: for a missing or broken file, a part that every detector config needs, or an unknown field; the
-            message names the nearest.
+        ConfigError: for a missing or broken file, a part that every detector config needs, an unknown field (the
+            message names the nearest), or a setting of the evaluation after the training that it could not use.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,9 +48,11 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Any:
     for override in overrides:
         _check_override(cfg, override)
     try:
-        return LazyConfig.apply_overrides(cfg, list(overrides))
+        cfg = LazyConfig.apply_overrides(cfg, list(overrides))
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"overrides {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+    check_settings(cfg.evaluation.get("fusion", {}), cfg.evaluation.get("inference", {}))
+    return cfg
 
 
 def _check_override(cfg: DictConfig, override: str) -> None:

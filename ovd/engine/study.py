@@ -10,7 +10,7 @@ measuring are in `study_judging`, the page in `study_report`.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ovd.detector import CONFIG, IMAGE_TEXT
 from ovd.engine.finetune import detector_folder
 from ovd.engine.lazy_config import load_config
 from ovd.engine.trainer import plain
+from ovd.modeling.detector_config import DetectorConfig
 from pretrain.config import ConfigError
 from pretrain.engine.run_folder import file_fingerprint
 from pretrain.engine.study import Study as PretrainingStudy
@@ -55,6 +56,9 @@ class VariantSpec:
     training: str = ""
     weights: str = "chosen"  # of fusion: "chosen" on the validation pictures, "none" (0), "fixed" (the configuration's)
     shuffled: bool = False  # detection: every class gets another class's text, the control
+    # detection: fields of DetectorConfig that are otherwise when it is measured, such as vlm_mode; none that training
+    # gives weights for.
+    architecture: dict[str, Any] = field(default_factory=dict)
     interpolation: float = 1.0  # retention: from the weights before (0) to those after (1)
 
 
@@ -167,6 +171,10 @@ def _check(study: StudyConfig) -> None:
             raise ConfigError(f"variant {variant.name}: no training {variant.training!r}: {', '.join(trainings)}")
         if variant.weights not in WEIGHTS:
             raise ConfigError(f"variant {variant.name}: weights {variant.weights!r}: choose {', '.join(WEIGHTS)}")
+        unknown = sorted(variant.architecture.keys() - {f.name for f in fields(DetectorConfig)})
+        if unknown or (variant.architecture and study.kind != "detection"):
+            reason = f"DetectorConfig has no {', '.join(unknown)}" if unknown else "that is for a detection study"
+            raise ConfigError(f"variant {variant.name}: architecture: {reason}")
     if study.kind not in KINDS:
         raise ConfigError(f"study.kind is {study.kind!r}: {' or '.join(KINDS)}")
     if study.kind == "detection" and study.baseline not in variants:
@@ -236,7 +244,11 @@ def training_key(study: StudyConfig, spec: TrainingSpec, config: Any) -> str:
 
 def judged(study: StudyConfig, job: Job) -> str:
     """What measuring depends on besides the weights."""
-    variants = [{k: v for k, v in asdict(variant).items() if k != "label"} for variant in job.variants]
+    # Left out where it says nothing, so that results from before there was this field still count.
+    variants = [
+        {k: v for k, v in asdict(variant).items() if k != "label" and (k != "architecture" or v)}
+        for variant in job.variants
+    ]
     names = ("annotations", "validation", "limit", "samples", "alpha", "beta", "tolerance", "proposals", "words")
     files = [study.annotations, study.validation] if study.kind == "detection" else [study.annotations]
     content = [file_fingerprint(file) if Path(file).is_file() else "" for file in files]

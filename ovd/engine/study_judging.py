@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from ovd.data.finetune_scenes import build_finetuning_scenes
 from ovd.data.lvis import read_ground_truth
 from ovd.detector import CONFIG, OpenVocabularyDetector
+from ovd.detector_folder import read_detector, read_prompting
 from ovd.engine.evaluate import derangement
 from ovd.engine.finetune import detector_folder
 from ovd.engine.interpolation import interpolate_detectors
@@ -183,10 +184,23 @@ def choose_weights(rows: Sequence[SweepRow], tolerance: float) -> SweepRow:
 
 
 def judge_detection(study: StudyConfig, job: Job) -> dict[str, Any]:
-    """Sweep the fusion weights on the validation pictures, then measure every variant on those that are reported."""
-    detector = OpenVocabularyDetector.from_checkpoint(job.folder / "detector", resolve_device("auto"))
+    """Measure every variant, those with the same architecture from the same cached scores.
+
+    The sweep and the proposals that are kept are those of the job's first variant.
+    """
+    groups: dict[str, list[VariantSpec]] = {}
+    for variant in job.variants:
+        groups.setdefault(json.dumps(variant.architecture, sort_keys=True), []).append(variant)
+    parts = [_judge_architecture(study, job, variants) for variants in groups.values()]
+    merged = {name: {k: v for part in parts for k, v in part[name].items()} for name in ("values", "settings")}
+    return {**parts[0], **merged}
+
+
+def _judge_architecture(study: StudyConfig, job: Job, variants: Sequence[VariantSpec]) -> dict[str, Any]:
+    """Sweep the fusion weights on the validation pictures, then measure the variants on those that are reported."""
+    detector = _load_detector(job.folder / "detector", variants[0].architecture)
     heads, prompting = detector.model.roi_heads, run_prompting(job.config)
-    key = hashlib.sha256(judged(study, job).encode()).hexdigest()[:8]
+    key = hashlib.sha256((judged(study, job) + json.dumps(variants[0].architecture)).encode()).hexdigest()[:8]
     folders = {split: job.folder / f"scores-{split}-{key}" for split in ("validation", "test")}
 
     def collect(split: str, annotations: str, masks: bool) -> tuple[ScoreCache, dict[str, Any]]:
@@ -198,7 +212,7 @@ def judge_detection(study: StudyConfig, job: Job) -> dict[str, Any]:
     rows: list[SweepRow] = []
     own = ScoreSettings(heads.alpha, heads.beta, heads.objectness_delta)
     settings = {"none": replace(own, alpha=0.0, beta=0.0), "fixed": own}
-    if any(variant.weights == "chosen" for variant in job.variants):
+    if any(variant.weights == "chosen" for variant in variants):
         grid = settings_grid(parse_grid(study.alpha), parse_grid(study.beta), (own.delta,))
         cache, ground_truth = collect("validation", study.validation, False)
         rows = sweep(cache, heads, ground_truth, grid)
@@ -207,7 +221,7 @@ def judge_detection(study: StudyConfig, job: Job) -> dict[str, Any]:
     ids = [image["id"] for image in ground_truth["images"]]
     classes = sorted(c["id"] for c in ground_truth["categories"])
     values = {}
-    for variant in job.variants:
+    for variant in variants:
         scores = ShuffledScores(cache, len(classes)) if variant.shuffled else cache
         found = cached_detections(scores, heads, settings[variant.weights], ids, classes)
         values[variant.name] = resampled(ground_truth, found, study.samples)
@@ -217,9 +231,17 @@ def judge_detection(study: StudyConfig, job: Job) -> dict[str, Any]:
     return {
         "values": values,
         "proposals": {name: None if math.isnan(v) else v for name, v in recall.items()},
-        "settings": {v.name: {n: getattr(settings[v.weights], n) for n in ("alpha", "beta")} for v in job.variants},
+        "settings": {v.name: {n: getattr(settings[v.weights], n) for n in ("alpha", "beta")} for v in variants},
         "sweep": [_plain_row(row) for row in rows],
     }
+
+
+def _load_detector(folder: Path, architecture: Mapping[str, Any]) -> OpenVocabularyDetector:
+    """A trained detector with some fields of its architecture changed, on the device there is."""
+    device = resolve_device("auto")
+    model, image_text, base_names = read_detector(folder, dict(architecture))
+    image_text.model.to(device).eval()
+    return OpenVocabularyDetector(model.to(device), image_text, base_names, prompting=read_prompting(folder))
 
 
 def _plain_row(row: SweepRow) -> dict[str, float | None]:

@@ -15,6 +15,7 @@ import numpy as np
 from ovd.engine.study import BEFORE, Result, Study, StudyConfig, VariantSpec, read_result
 from ovd.evaluation.bootstrap import Interval, interval
 from ovd.evaluation.results import format_percent, text_table
+from pretrain.engine.study_file import machines
 
 Results = dict[str, dict[int, Result]]  # by training and seed
 Columns = dict[str, str]  # title: metric of `resampled`
@@ -163,7 +164,7 @@ def provenance(study: Study, results: Results) -> list[str]:
     )
     return [
         f"Command: `{_command(study)}`",
-        f"Machine: {'; '.join(sorted({result.machine for result in done}))}",
+        f"Machine: {machines(result.machine for result in done)}",
         f"Date: {dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}; seeds {', '.join(map(str, seeds))}; "
         f"code {', '.join(sorted({result.git_revision.partition('+')[0][:10] for result in done}))}",
         f"Training, mean over seeds, other work on the machine included: {times}",

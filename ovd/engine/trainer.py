@@ -35,6 +35,7 @@ from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.text.vocabulary import Vocabulary
 from pretrain.atomic import write_atomically
 from pretrain.config import ConfigError
+from pretrain.engine.checkpoint import STATE_FILE
 from pretrain.engine.run_folder import RunFolder, file_fingerprint
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 
@@ -117,12 +118,11 @@ def train(cfg: Any, resume: bool = False) -> Path:
 
     Raises:
         LeakError: see `check_training_data`.
-        ValueError: the folder already holds a run and `resume` is off.
+        ConfigError: the folder already holds a run and `resume` is off, or it holds a pretraining run.
         FloatingPointError: a loss is not finite; the message has the step and all losses.
     """
     output = Path(cfg.train.output)
-    if not resume and (output / "last_checkpoint").exists():
-        raise ValueError(f"{output} already holds a run: add --resume to continue it, or set train.output elsewhere")
+    _check_output(output, resume)
     output.mkdir(parents=True, exist_ok=True)
     seed_all(cfg.train.seed)  # the same new weights in every process; the steps seed their own draws
     device = resolve_device(cfg.train.device)
@@ -139,6 +139,7 @@ def train(cfg: Any, resume: bool = False) -> Path:
         run = RunFolder(output, OmegaConf.to_yaml(plain(cfg)), {annotations: file_fingerprint(annotations)})
         run.close()  # Detectron2's writers log from here on
     model: OpenVocabularyRCNN = instantiate(cfg.model).to(device)
+    check_masks(model, cfg.data.train)
     model.set_text_embeddings(vocabulary.embeddings.to(device), torch.ones(len(vocabulary.names), dtype=torch.bool))
     model.roi_heads.box_predictor.set_class_counts(vocabulary.image_counts)
     _run_loop(cfg, model, output, resume, vocabulary.image_text)
@@ -147,6 +148,14 @@ def train(cfg: Any, resume: bool = False) -> Path:
         _save(cfg, model, image_text_folder, vocabulary.names, folder)
     comm.synchronize()
     return folder
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    # Both halves would write config.yaml, metrics.jsonl and summary.md.
+    if found := next((name for name in (STATE_FILE, "checkpoint") if (output / name).exists()), None):
+        raise ConfigError(f"{output} holds a pretraining run ({found}): set train.output elsewhere")
+    if not resume and (output / "last_checkpoint").exists():
+        raise ConfigError(f"{output} already holds a run: add --resume to continue it, or set train.output elsewhere")
 
 
 def _save(cfg: Any, model: OpenVocabularyRCNN, image_text: Path, names: list[str], folder: Path) -> None:
@@ -227,6 +236,19 @@ def made_for(model: OpenVocabularyRCNN, loader: Any, field: str) -> Any:
         )
     loader.mapper.image_size = size
     return loader
+
+
+def check_masks(model: OpenVocabularyRCNN, loader: Any) -> None:
+    """Refuse training pictures without the masks that a detector learns from.
+
+    Raises:
+        ConfigError: the detector has a mask head to be trained, and the loader is told to leave masks out.
+    """
+    if model.roi_heads.mask_on and not loader.get("mapper", {}).get("with_masks", True):
+        raise ConfigError(
+            "data.train.mapper.with_masks is False, but model.architecture.mask_on is True and masks are learned from "
+            "masks: set model.architecture.mask_on=False too (to fine-tune, data.masks=False alone)"
+        )
 
 
 def plain(cfg: Any) -> Any:

@@ -25,9 +25,10 @@ class TensorDetector(nn.Module):
     """Detect in one picture, with the vocabulary as an input.
 
     Contract: image (1, 3, H, W) uint8 RGB, text_embeddings (C, D) rows of length 1, is_base (C,) bool, num_reported
-    (1,) int64 -> boxes (N, 4) xyxy pixels of the image, scores (N,), labels (N,) int64, and with a mask head masks
-    (N, M, M) in 0..1, best first. Each mask covers its box. H and W are at most `image_size`; classes from
-    `num_reported` on compete for the scores and are not reported. At most `limit` detections.
+    (1,) int64, vlm_background (D,) of length 1, or zeros for none -> boxes (N, 4) xyxy pixels of the image, scores
+    (N,), labels (N,) int64, and with a mask head masks (N, M, M) in 0..1, best first. Each mask covers its box. H and W
+    are at most `image_size`; classes from `num_reported` on compete for the scores and are not reported. At most
+    `limit` detections.
 
     Args:
         model: the trained network; its modules are shared.
@@ -53,7 +54,7 @@ class TensorDetector(nn.Module):
         self.extent = float(model.architecture.image_size + 1)
 
     def forward(
-        self, image: Tensor, text_embeddings: Tensor, is_base: Tensor, num_reported: Tensor
+        self, image: Tensor, text_embeddings: Tensor, is_base: Tensor, num_reported: Tensor, vlm_background: Tensor
     ) -> tuple[Tensor, ...]:
         """See the class."""
         height, width = image.shape[-2:]
@@ -62,7 +63,8 @@ class TensorDetector(nn.Module):
         images = F.pad(images, (0, across - width, 0, down - height))
         features = self.backbone(images, height, width)
         proposals, logits = self.proposals(features, height, width)
-        scores, refined = self._score(images, features, proposals, logits, text_embeddings, is_base, height, width)
+        words = (text_embeddings, is_base, vlm_background)
+        scores, refined = self._score(images, features, proposals, logits, words, height, width)
         reported = torch.arange(text_embeddings.shape[0], device=image.device) < num_reported
         scores = torch.where(reported[None] & (logits > NOTHING)[:, None], scores, NOTHING)
         boxes, scores, labels = self._select(clip(refined, height, width), scores)
@@ -84,13 +86,12 @@ class TensorDetector(nn.Module):
         features: dict[str, Tensor],
         boxes: Tensor,
         logits: Tensor,
-        text: Tensor,
-        is_base: Tensor,
+        words: tuple[Tensor, Tensor, Tensor],
         height: int,
         width: int,
     ) -> tuple[Tensor, Tensor]:
-        """(K, C) final scores of the proposals and (K, 4) refined boxes."""
-        heads, predictor = self.heads, self.heads.box_predictor
+        """(K, C) final scores of the proposals and (K, 4) refined boxes; `words` as the last inputs of `forward`."""
+        (text, is_base, background), heads, predictor = words, self.heads, self.heads.box_predictor
         pooled = pool_regions(heads.box_pooler, [features[name] for name in heads.box_in_features], boxes)
         region = heads.box_head(pooled)
         refined = predictor.box2box_transform.apply_deltas(predictor.bbox_pred(region), boxes)
@@ -106,7 +107,11 @@ class TensorDetector(nn.Module):
             feature_map = images if self.reads_pixels else features[FEATURE]
             if self.tower is not None:
                 feature_map = self.tower(images, height, width)
-            p = (head.scale * head.embed_regions(feature_map, [boxes]) @ text.T).softmax(dim=-1)
+            seen = head.scale * head.embed_regions(feature_map, [boxes])
+            # Without a background, its logit of -inf leaves the softmax to the words.
+            absent = torch.where((background == 0).all(), -torch.inf, 0.0)
+            rest = seen @ background[:, None] + absent
+            p = torch.cat([rest, seen @ text.T], dim=1).softmax(dim=-1)[:, 1:]
             z = fuse(z, p, is_base, heads.alpha, heads.beta, not independent)
         return apply_objectness(z, logits.sigmoid(), heads.objectness_delta)[:, 1:], refined
 
@@ -162,15 +167,20 @@ class BakedDetector(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """See `TensorDetector`."""
-        return self.detector(image, self.text_embeddings, self.is_base, self.num_reported)
+        return self.detector(image, self.text_embeddings, self.is_base, self.num_reported, self.vlm_background)
 
 
 def vocabulary_tensors(detector: OpenVocabularyDetector) -> dict[str, Tensor]:
     """The inputs besides the picture that stand for the detector's present vocabulary: "text_embeddings" (C, D),
-    "is_base" (C,), "num_reported" (1,); behind the words come those that only compete."""
+    "is_base" (C,), "num_reported" (1,), "vlm_background" (D,), zeros where there is none; behind the words come those
+    that only compete."""
     heads = detector.model.roi_heads
+    background = torch.zeros(heads.box_predictor.cls_score.embed_dim)
+    if heads.image_text_head is not None and len(heads.image_text_head.background):
+        background = heads.image_text_head.background[0].detach().cpu().clone()
     return {
         "text_embeddings": heads.box_predictor.cls_score.text_embeddings.detach().cpu().clone(),
         "is_base": heads.is_base.detach().cpu().clone(),
         "num_reported": torch.tensor([heads.num_reported]),
+        "vlm_background": background,
     }

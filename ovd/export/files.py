@@ -20,7 +20,7 @@ from ovd.modeling.rcnn import OpenVocabularyRCNN
 from pretrain.atomic import write_atomically
 from pretrain.modeling.checkpoint import ImageTextModel
 
-FORMAT = 1
+FORMAT = 2  # 1 had no vlm_background
 OUTPUTS = ("boxes", "scores", "labels", "masks")
 
 
@@ -29,9 +29,9 @@ def export_detector(detector: OpenVocabularyDetector, path: str | Path, bake_voc
 
     Inputs: image (1, 3, H, W) uint8 RGB, its longer side `image_size` of the description (scaled bilinearly with
     anti-aliasing; smaller pictures work too); and unless baked in, text_embeddings (C, D), is_base (C,) bool,
-    num_reported (1,) int64, as `save_vocabulary` writes them. Outputs: boxes (N, 4) xyxy pixels of the image given,
-    scores (N,) before calibration, labels (N,) int64, and with a mask head masks (N, M, M) in 0..1 that cover their
-    boxes; best first.
+    num_reported (1,) int64, vlm_background (D,), as `save_vocabulary` writes them. Outputs: boxes (N, 4) xyxy pixels of
+    the image given, scores (N,) before calibration, labels (N,) int64, and with a mask head masks (N, M, M) in 0..1
+    that cover their boxes; best first.
 
     Args:
         detector: any; it is left as it is.
@@ -55,6 +55,7 @@ def export_detector(detector: OpenVocabularyDetector, path: str | Path, bake_voc
         dim = model.roi_heads.box_predictor.cls_score.embed_dim
         example = torch.nn.functional.normalize(torch.ones(7, dim), dim=-1)
         inputs |= {"text_embeddings": example, "is_base": torch.arange(7) < 3, "num_reported": torch.tensor([5])}
+        inputs["vlm_background"] = example[0]
         dynamic |= {"text_embeddings": (0,), "is_base": (0,)}
     outputs = OUTPUTS if model.roi_heads.mask_on else OUTPUTS[:3]
     description = describe_detector(detector, bake_vocabulary)
@@ -116,8 +117,9 @@ def save_vocabulary(detector: OpenVocabularyDetector, path: str | Path) -> Path:
     """Write the detector's present vocabulary as inputs of its exported file.
 
     The arrays: names (strings), text_embeddings (C, D) float32, is_base (C,) bool, num_reported (1,) int64,
-    calibration_scores and calibration_shares (K,): interpolation between them gives the share of detections of a score
-    that are right (0 and 1 where nothing was calibrated), and image_text_sha256, which the file's description has too.
+    vlm_background (D,) float32 (the image-text score's background; zeros for none), calibration_scores and
+    calibration_shares (K,): interpolation between them gives the share of detections of a score that are right (0 and 1
+    where nothing was calibrated), and image_text_sha256, which the file's description has too.
 
     Args:
         path: ends in .npz.
@@ -148,7 +150,7 @@ def _calibration(detector: OpenVocabularyDetector) -> tuple[np.ndarray, np.ndarr
     """The curve from scores to shares for the present vocabulary; the identity where there is none."""
     if detector.calibration is None:
         return np.array([0.0, 1.0]), np.array([0.0, 1.0])
-    return detector.calibration.curve(len(detector.vocabulary), bool(detector.competitors))
+    return detector.calibration.curve(len(detector.vocabulary), detector._current().compete)
 
 
 def export_towers(image_text: ImageTextModel, folder: str | Path, suffix: str = ".onnx") -> tuple[Path, Path]:

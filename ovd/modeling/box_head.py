@@ -37,6 +37,7 @@ class TextBoxPredictor(FastRCNNOutputLayers):
             absences were verified). "verified": in each picture only the classes that its annotators have checked,
             from the proposals' field `verified_classes`.
         federated_classes: "sampled": how many classes count, at least.
+        smooth_l1_beta: of the box regression's loss: below it the loss is quadratic, 0 is plain L1, 1 Huber's.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TextBoxPredictor(FastRCNNOutputLayers):
         test_topk_per_image: int = 300,
         federated_loss: str = "off",
         federated_classes: int = 50,
+        smooth_l1_beta: float = 0.0,
     ) -> None:
         if federated_loss not in FEDERATED_LOSSES:
             raise ValueError(f"federated_loss is {federated_loss!r}; choose one of {', '.join(FEDERATED_LOSSES)}")
@@ -65,6 +67,7 @@ class TextBoxPredictor(FastRCNNOutputLayers):
             test_score_thresh=test_score_thresh,
             test_nms_thresh=test_nms_thresh,
             test_topk_per_image=test_topk_per_image,
+            smooth_l1_beta=smooth_l1_beta,
         )
         self.cls_score = classifier
         self.background_weight = background_weight
@@ -124,7 +127,7 @@ class DistilledHead(nn.Module):
     """The second head of ViLD's ensemble, trained by distillation alone: no annotation biases it to base classes.
 
     Contract: pooled region features (R, channels, s, s) -> normalised embeddings (R, D), or `probabilities` (R, 1 + C)
-    over the vocabulary with a zero background column 0, as the image-text model's own.
+    over the vocabulary with a zero background column 0: of one word alone they say nothing, the first head does.
 
     Args:
         box_head: pooled features -> (R, input_dim); not shared with the text-classified head.

@@ -1,19 +1,17 @@
 """The description of a detector: with the image-text model, all that it is built and rebuilt from."""
 
-import math
 from dataclasses import dataclass, fields
+
+from ovd.modeling.setting_ranges import RANGES, check_setting
 
 VLM_MODES = ("backbone", "frozen_copy", "crops", "off")
 BACKGROUNDS = ("learned", "empty_prompt")
 DISTILLATIONS = ("off", "shared", "ensemble")
 
-
-# Far beyond any use; a folder from elsewhere must not ask for more memory than there is.
-_RANGES = {
-    "image_size": (32, 16_384), "detections_per_image": (1, 100_000), "pyramid_channels": (1, 16_384),
-    "box_num_conv": (0, 64), "box_conv_dim": (1, 16_384), "box_fc_dim": (1, 65_536), "mask_num_conv": (0, 64),
-    "mask_conv_dim": (1, 16_384), "rpn_num_conv": (0, 64), "vlm_crop_size": (0, 4_096), "vlm_output_size": (1, 256),
-}  # fmt: skip
+SWITCHES = (
+    "freeze_backbone", "gradient_checkpointing", "rpn_fill_background", "mask_on", "learn_classifier_scale",
+    "vlm_background",
+)  # fmt: skip
 
 
 @dataclass
@@ -39,6 +37,7 @@ class DetectorConfig:
         rpn_pre_nms_topk, rpn_post_nms_topk: proposals before and after NMS, (training, test).
         roi_batch_size: regions sampled for the loss in a picture.
         box_num_conv, box_conv_dim, box_fc_dim: size of the box head.
+        box_smooth_l1_beta: of the box regression's loss; 0 is plain L1, 1 Huber's loss as the family has it.
         mask_on: predict masks.
         mask_num_conv, mask_conv_dim: size of the mask head.
         classifier_scale: initial factor on the detector's cosine (inverse temperature), at most 100.
@@ -61,6 +60,8 @@ class DetectorConfig:
         vlm_output_size: side of the grid averaged in a region.
         vlm_crop_size: side in pixels of the crops of "crops"; 0: the size that the towers were trained at last.
         vlm_box_scale: factor on the region for the image-text score.
+        vlm_background: the image-text score's softmax has the empty prompt as its background, as F-VLM's has; off, it
+            is over the words alone, whose scores then say which word fits best, not whether any does.
         alpha, beta: fusion weights of the image-text score for base and novel classes.
         objectness_delta: exponent of the objectness factor.
         detector_temperature: the detector's logits are divided by it at inference; 1 leaves them (tools/sweep_scores.py
@@ -88,6 +89,7 @@ class DetectorConfig:
     box_num_conv: int = 1
     box_conv_dim: int = 64
     box_fc_dim: int = 256
+    box_smooth_l1_beta: float = 0.0
     mask_on: bool = True
     mask_num_conv: int = 2
     mask_conv_dim: int = 64
@@ -107,6 +109,7 @@ class DetectorConfig:
     vlm_output_size: int = 7
     vlm_crop_size: int = 0
     vlm_box_scale: float = 1.0
+    vlm_background: bool = False
     alpha: float = 0.35
     beta: float = 0.65
     objectness_delta: float = 0.0
@@ -122,18 +125,13 @@ class DetectorConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
         if self.background == "empty_prompt" and self.classification == "sigmoid":
             raise ValueError("background 'empty_prompt' has no use with sigmoid classification; set it to 'learned'")
-        for name in ("alpha", "beta"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but a fusion weight lies in 0..1; choose one there")
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{name} is {value}; it is a whole number between {least} and {most:,}")
-        if not 0 < self.detector_temperature < math.inf:
-            raise ValueError(f"detector_temperature is {self.detector_temperature}, but it is above 0; 1 leaves it off")
-        sequences = ("anchor_sizes", "rpn_pre_nms_topk", "rpn_post_nms_topk")
-        for name in (*sequences, "rpn_nms_thresholds", "distillation_box_scales"):
-            setattr(self, name, tuple(getattr(self, name)))  # YAML and LazyConfig bring lists
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but it is on or off; choose true or false")
+        for name, values in RANGES.items():
+            check_setting(name, getattr(self, name))
+            if values.count is not None:
+                setattr(self, name, tuple(getattr(self, name)))  # YAML and LazyConfig bring lists
 
     @classmethod
     def from_dict(cls, values: dict) -> "DetectorConfig":

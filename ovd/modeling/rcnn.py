@@ -23,6 +23,7 @@ from ovd.modeling.proposals import build_rpn
 from ovd.modeling.roi_heads import Distillation, OpenVocabularyROIHeads, RegionScores
 from ovd.modeling.text_classifier import TextClassifier
 from ovd.modeling.vlm_head import CropTextHead, ImageTextHead, RegionTextHead
+from ovd.text.embeddings import embed_empty_prompt
 from pretrain.modeling.checkpoint import ImageTextModel, load_checkpoint
 from pretrain.modeling.plain_tower import plain_tower
 
@@ -43,9 +44,10 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         is_base: Tensor | None = None,
         num_reported: int | None = None,
         background_embedding: Tensor | None = None,
+        vlm_background: Tensor | None = None,
     ) -> None:
         """Change the vocabulary; see `OpenVocabularyROIHeads.set_text_embeddings`."""
-        self.roi_heads.set_text_embeddings(embeddings, is_base, num_reported, background_embedding)
+        self.roi_heads.set_text_embeddings(embeddings, is_base, num_reported, background_embedding, vlm_background)
 
     def forward(self, batched_inputs: list[dict]):
         """Losses in training mode, detections in evaluation mode."""
@@ -213,12 +215,16 @@ def _build_image_text_head(
         trunk = value_attention(visual.trunk) if visual.trunk.global_pool == "token" else visual.trunk
         tower = WindowedViT(trunk, config.image_size, config.window_size, global_blocks=1, frozen=True)
     scale = _image_text_scale(config, image_text)
+    background = embed_empty_prompt(image_text) if config.vlm_background else None
     if config.vlm_mode == "crops":
-        return CropTextHead(visual, image_text.embed_dim, scale, crop_size(config, image_text), config.vlm_box_scale)
+        side = crop_size(config, image_text)
+        return CropTextHead(
+            visual, image_text.embed_dim, scale, side, config.vlm_box_scale, background=background
+        )  # fmt: skip
     # The frozen copy keeps the patches that the tower was trained with; the backbone's may be larger.
     stride = patch_size if tower is None else tower.patch_size
     return ImageTextHead(
-        visual, image_text.embed_dim, scale, config.vlm_output_size, config.vlm_box_scale, tower, stride
+        visual, image_text.embed_dim, scale, config.vlm_output_size, config.vlm_box_scale, tower, stride, background
     )
 
 
@@ -227,11 +233,7 @@ def _build_box_head(config: DetectorConfig) -> nn.Module:
 
 
 def _build_classifier(config: DetectorConfig, image_text: ImageTextModel) -> TextClassifier:
-    background = None
-    if config.background == "empty_prompt":
-        tokens = image_text.tokenizer([""]).to(next(image_text.model.parameters()).device)
-        with torch.no_grad():
-            background = image_text.model.encode_text(tokens)[0].float().cpu()
+    background = embed_empty_prompt(image_text) if config.background == "empty_prompt" else None
     return TextClassifier(
         config.box_fc_dim,
         image_text.embed_dim,
@@ -294,6 +296,7 @@ def _build_roi_heads(
             config.detections_per_image,
             config.federated_loss,
             config.federated_classes,
+            config.box_smooth_l1_beta,
         ),
         **mask,
     )

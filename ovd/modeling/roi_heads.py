@@ -54,11 +54,13 @@ class RegionScores:
         boxes: (R, 4) refined boxes, xyxy pixels of the network's input.
         detector: (R, 1 + C) detector probabilities z, background in column 0; with a second, distilled head both heads'
             ensemble.
-        image_text: (R, 1 + C) image-text probabilities p with a zero column 0, or None without image-text scores.
+        image_text: (R, 1 + C) image-text probabilities p, or None without image-text scores; column 0 is what the
+            background of its softmax took, zero where that has none.
         objectness: (R,) objectness of the proposals in 0..1.
         image_size: (height, width) of the network's input without padding.
         independent: z are probabilities of their own (sigmoid), which fusion does not renormalise; their background is
-            0. p stays a softmax over the vocabulary: a contrastive model is not calibrated to say yes or no.
+            0. p stays a softmax over the vocabulary (and its background): a contrastive model is not calibrated to say
+            yes or no.
     """
 
     proposals: Tensor
@@ -123,6 +125,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         is_base: Tensor | None = None,
         num_reported: int | None = None,
         background_embedding: Tensor | None = None,
+        vlm_background: Tensor | None = None,
     ) -> None:
         """Change the vocabulary.
 
@@ -132,6 +135,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
             num_reported: only the first so many classes are detected; the others just compete for the scores. None
                 reports all.
             background_embedding: (D,) see `TextClassifier.set_text_embeddings`.
+            vlm_background: (D,) for the image-text score; see `RegionTextHead.set_text_embeddings`.
         """
         if is_base is None:
             is_base = torch.ones(len(embeddings), dtype=torch.bool)
@@ -140,9 +144,10 @@ class OpenVocabularyROIHeads(StandardROIHeads):
                 f"is_base has shape {tuple(is_base.shape)} for {len(embeddings)} classes; give one entry for each class"
             )
         self.box_predictor.set_text_embeddings(embeddings, background_embedding)
-        for head in (self.image_text_head, self.distilled_head):
-            if head is not None:
-                head.set_text_embeddings(embeddings)
+        if self.image_text_head is not None:
+            self.image_text_head.set_text_embeddings(embeddings, vlm_background)
+        if self.distilled_head is not None:
+            self.distilled_head.set_text_embeddings(embeddings)
         self.is_base = is_base.bool().to(self.is_base.device)
         self.num_reported = len(embeddings) if num_reported is None else num_reported
         # Detectron2 marks background regions with this number.

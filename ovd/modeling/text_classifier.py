@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# CLIP clamps its own logit scale at 100; above it the softmax gradient dies.
+# CLIP clips exp(logit_scale) at 100 ("to prevent scaling the logits by more than 100", section 2.5); so is this one.
 MAX_SCALE = 100.0
 CLASSIFICATIONS = ("softmax", "sigmoid")
 _PRIOR = (

@@ -2,7 +2,8 @@
 
 Source: F-VLM (section 3.3), RO-ViT for plain ViTs with average pooling, DITO for the frozen copy of the tower; ViLD
 for scoring crops.
-This file has nothing to train and no background score: fusion takes the background from the detector.
+This file has nothing to train, and its background only takes probability from the words (F-VLM's softmax is over the
+background too): the background that is reported is the detector's, see `score_fusion.py`.
 """
 
 import copy
@@ -31,21 +32,30 @@ def shrink_boxes(boxes: Tensor, factor: float) -> Tensor:
 class RegionTextHead(nn.Module, ABC):
     """Score regions against the vocabulary with the image-text model.
 
-    Contract: what `feature_map` gives and B lists of boxes -> (R, C) float32 logits; `probabilities` gives (R, 1 + C)
-    with a zero background column 0. All weights are copies and frozen.
+    Contract: what `feature_map` gives and B lists of boxes -> (R, C) float32 logits; `probabilities` gives (R, 1 + C),
+    the background's in column 0, which is zero where there is none. All weights are copies and frozen.
+
+    Without a background a word's probability says only that it fits better than the other words: alone it has 1
+    everywhere.
 
     Args:
         stride: side in pixels of a patch of what regions are read by.
         embed_dim: width of the joint space.
         scale: factor on the cosine, usually the model's own exp(logit_scale).
         box_scale: factor on the boxes about their centres.
+        background: (D,) embedding of the background for every vocabulary that brings none, usually the empty prompt's.
     """
 
-    def __init__(self, stride: int, embed_dim: int, scale: float, box_scale: float) -> None:
+    def __init__(
+        self, stride: int, embed_dim: int, scale: float, box_scale: float, background: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.stride, self.embed_dim = stride, embed_dim
         self.scale, self.box_scale = float(scale), box_scale
+        # Not persistent: all three belong to the words and the image-text model, which are not stored with these.
         self.register_buffer("text_embeddings", torch.zeros(0, embed_dim), persistent=False)
+        self.register_buffer("usual_background", self._checked_background(background), persistent=False)
+        self.register_buffer("background", self.usual_background.clone(), persistent=False)
 
     @abstractmethod
     def feature_map(
@@ -66,10 +76,27 @@ class RegionTextHead(nn.Module, ABC):
         """Stay in evaluation mode."""
         return super().train(False)
 
-    def set_text_embeddings(self, embeddings: Tensor) -> None:
-        """Make the rows of a (C, D) matrix the classes; they are normalised here."""
+    def set_text_embeddings(self, embeddings: Tensor, background: Tensor | None = None) -> None:
+        """Make the rows of a (C, D) matrix the classes; they are normalised here.
+
+        Args:
+            embeddings: (C, D).
+            background: (D,) what else a region may be, which no word of these names; None takes the one that the head
+                was built with, if any.
+
+        Raises:
+            ValueError: as documented in `check_text_embeddings`.
+        """
         device = next(self.parameters()).device
+        given = self.usual_background if background is None else self._checked_background(background)
         self.text_embeddings = check_text_embeddings(embeddings, self.embed_dim).to(device)
+        self.background = given.to(device)
+
+    def _checked_background(self, background: Tensor | None) -> Tensor:
+        """(1, D), or (0, D) for none."""
+        if background is None:
+            return torch.zeros(0, self.embed_dim)
+        return check_text_embeddings(background.reshape(1, -1), self.embed_dim)
 
     @torch.no_grad()
     def forward(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
@@ -79,24 +106,28 @@ class RegionTextHead(nn.Module, ABC):
 
     @torch.no_grad()
     def probabilities(self, feature_map: Tensor, boxes: Sequence[Tensor]) -> Tensor:
-        """Softmax over the vocabulary, (R, 1 + C) with a zero background column 0."""
+        """Softmax over the vocabulary and the background, (R, 1 + C); without a background column 0 is zero."""
         self._check_vocabulary()
         regions = self.embed_regions(feature_map, boxes)
         scores = regions.new_empty(len(regions), 1 + len(self.text_embeddings))
-        scores[:, 0] = 0
+        first = 1 - len(self.background)
+        scores[:, :first] = 0
         # In parts, so that beside the result nothing grows with the vocabulary.
         rows = max(1, _VALUES_AT_ONCE // scores.shape[1])
         for part, out in zip(regions.split(rows), scores.split(rows), strict=True):
-            out[:, 1:] = self._logits(part).softmax(dim=-1)
+            out[:, first:] = self._logits(part, with_background=True).softmax(dim=-1)
         return scores
 
     def _check_vocabulary(self) -> None:
         if len(self.text_embeddings) == 0:
             raise ValueError("the detector has no vocabulary yet; call set_text_embeddings before running it")
 
-    def _logits(self, regions: Tensor) -> Tensor:
+    def _logits(self, regions: Tensor, with_background: bool = False) -> Tensor:
         with torch.autocast(device_type=regions.device.type, enabled=False):
-            return self.scale * regions @ self.text_embeddings.float().T
+            rows = self.text_embeddings.float()
+            if with_background and len(self.background):
+                rows = torch.cat([self.background.float(), rows])
+            return self.scale * regions @ rows.T
 
 
 class ImageTextHead(RegionTextHead):
@@ -104,7 +135,7 @@ class ImageTextHead(RegionTextHead):
 
     Args:
         visual: image tower with a timm `trunk` and a `head`, whose pooled norm and projection are copied.
-        embed_dim, scale, box_scale: see `RegionTextHead`.
+        embed_dim, scale, box_scale, background: see `RegionTextHead`.
         output_size: side of the RoIAlign grid that is averaged.
         tower: frozen copy of the pretrained tower; None scores the detector's own backbone map.
         stride: side in pixels of a patch of the map that is scored; None: the tower's own, which a backbone may have
@@ -123,9 +154,10 @@ class ImageTextHead(RegionTextHead):
         box_scale: float = 1.0,
         tower: WindowedViT | None = None,
         stride: int | None = None,
+        background: Tensor | None = None,
     ) -> None:
         trunk = visual.trunk
-        super().__init__(stride or trunk.patch_embed.proj.kernel_size[0], embed_dim, scale, box_scale)
+        super().__init__(stride or trunk.patch_embed.proj.kernel_size[0], embed_dim, scale, box_scale, background)
         # A class-token tower reads regions through its copy only, whose last block MaskCLIP's reading has replaced.
         pools = ("avg",) if tower is None else ("avg", "token")
         if getattr(trunk, "attn_pool", None) is not None or trunk.global_pool not in pools:
@@ -175,12 +207,20 @@ class CropTextHead(RegionTextHead):
         crop_size: side in pixels that crops are resized to (anti-aliased), a multiple of the patch size.
         box_scale: factor on the longer side of the box; a little above 1 keeps thin parts inside.
         batch_size: crops in one pass of the tower.
+        background: see `RegionTextHead`.
     """
 
     def __init__(
-        self, visual: nn.Module, embed_dim: int, scale: float, crop_size: int, box_scale: float, batch_size: int = 256
+        self,
+        visual: nn.Module,
+        embed_dim: int,
+        scale: float,
+        crop_size: int,
+        box_scale: float,
+        batch_size: int = 256,
+        background: Tensor | None = None,
     ) -> None:
-        super().__init__(visual.trunk.patch_embed.proj.kernel_size[0], embed_dim, scale, box_scale)
+        super().__init__(visual.trunk.patch_embed.proj.kernel_size[0], embed_dim, scale, box_scale, background)
         patch = self.stride
         if crop_size < patch or crop_size % patch:
             raise ValueError(f"vlm_crop_size {crop_size} is not a multiple of the patch size {patch}; choose one")

@@ -45,6 +45,9 @@ def add_evaluation_parts(
     if metrics is None:
         page.leave_out(_PARTS, f"there is no evaluation/{MAIN_ROW}/metrics.json with boxes")
         return
+    if not any(f"AP{frequency}" in metrics for frequency in FREQUENCIES):
+        page.leave_out(_PARTS, "they are of the LVIS protocol, and metrics.json is of COCO's")
+        return
     path = folder / "evaluation" / MAIN_ROW / "detections.json"
     if not path.is_file():
         page.leave_out(_PARTS, f"the run folder has no evaluation/{MAIN_ROW}/detections.json")

@@ -63,9 +63,10 @@ def _add_overview(page: Page, records: list[dict[str, Any]], evaluations: dict[s
     values = []
     metrics = evaluations.get(MAIN_ROW, {}).get("metrics", {})
     for task, kind in (("bbox", "box"), ("segm", "mask")):
-        for name in ("AP", "APr") if task in metrics else ():
-            novel = ", novel words" if name == "APr" else ""
-            values.append((tag("span", percent(metrics[task].get(name)), " %"), f"{kind} {name}{novel}"))
+        novel_ap = "APr" if "APr" in metrics.get(task, {}) else "AP50_novel"  # LVIS's, COCO's protocol
+        for name in ("AP", novel_ap) if task in metrics else ():
+            novel = ", novel words" if name == novel_ap else ""
+            values.append((tag("span", percent(metrics[task].get(name)), " %"), f"{kind} {name.split('_')[0]}{novel}"))
     steps = [r for r in records if "iteration" in r]
     if steps:
         values.append((number(steps[-1]["iteration"]), "last iteration logged, counted from 0"))

@@ -63,10 +63,13 @@ def read_evaluations(folder: Path, page: Page) -> dict[str, dict[str, Any]]:
 
 
 def add_average_precision(page: Page, evaluations: Mapping[str, dict[str, Any]]) -> None:
-    """AP by frequency for every row, and each class of the main one."""
+    """AP by frequency (by COCO's protocol: of base and novel classes) for every row, and each class of the main one."""
     if not evaluations:
         return
-    columns = ["AP", "AP50", "AP75", "APr", "APc", "APf", *_recalls(evaluations)]
+    main = next(iter(evaluations.values()))
+    coco = main.get("protocol") == "coco"
+    parts_of_ap = ["AP50_base", "AP50_novel", "AP_base", "AP_novel"] if coco else ["APr", "APc", "APf"]
+    columns = ["AP", "AP50", "AP75", *parts_of_ap, *_recalls(evaluations)]
     fixed = ["AP_fixed", "APr_fixed", "APc_fixed", "APf_fixed"]
     columns += [c for c in fixed if any(c in m for e in evaluations.values() for m in e["metrics"].values())]
     rows = [
@@ -74,16 +77,17 @@ def add_average_precision(page: Page, evaluations: Mapping[str, dict[str, Any]])
         for row, content in evaluations.items()
         for task, metrics in content["metrics"].items()
     ]
-    parts = [table(["evaluation", "", *columns], rows, "LVIS protocol, percent", text_columns=2)]
+    parts = [
+        table(["evaluation", "", *columns], rows, f"{'COCO' if coco else 'LVIS'} protocol, percent", text_columns=2)
+    ]
     if "shuffled text" in evaluations:
         parts.append(
             note("Shuffled text: the same detector with every class given another class's text. What the model has "
                  "above it is what the words contribute.")
         )  # fmt: skip
-    main = next(iter(evaluations.values()))
     parts += [_intervals(task, found) for task, found in main.get("intervals", {}).items()]
     parts += [_classes(task, found) for task, found in main.get("categories", {}).items()]
-    page.add("Average precision by frequency", *parts)
+    page.add("Average precision of base and novel classes" if coco else "Average precision by frequency", *parts)
 
 
 def _recalls(evaluations: Mapping[str, dict[str, Any]]) -> list[str]:

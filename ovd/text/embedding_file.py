@@ -58,6 +58,11 @@ class EmbeddingFileInfo:
         return Vocabulary(self.words, self.synonyms)
 
 
+def is_embedding_file(words: object) -> bool:
+    """Whether what was given as words is the path of an embedding file, by its suffix."""
+    return isinstance(words, (str, Path)) and str(words).lower().endswith(SUFFIX)
+
+
 def save_embeddings(
     path: str | Path,
     embeddings: Tensor,

@@ -108,6 +108,14 @@ def embed_vocabulary(
     return result
 
 
+@torch.no_grad()
+def embed_empty_prompt(image_text_model: ImageTextModel) -> Tensor:
+    """(D,) float32 on the CPU, not normalised: what F-VLM's family classifies background by."""
+    model = image_text_model.model
+    tokens = image_text_model.tokenizer([""]).to(next(model.parameters()).device)
+    return model.encode_text(tokens)[0].float().cpu()
+
+
 def read_matrix(path: str | Path, num_classes: int, embed_dim: int) -> Tensor:
     """Read a plain (C, D) matrix from a .npy file, check its shape and normalise its rows.
 

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     except ImportError as error:
         if error.name != "gradio":
             raise
-        raise ValueError("the page needs gradio: pip install 'reclip-ovd[web]'") from error
+        raise ValueError("the page needs gradio: pip install -e '.[web]'") from error
     from ovd.calibration import CALIBRATED_THRESHOLD, RAW_THRESHOLD
     from ovd.detector import OpenVocabularyDetector
     from ovd.web.finder import Finder

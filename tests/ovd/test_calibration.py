@@ -16,6 +16,7 @@ from ovd.calibration import (
     fit_curve,
     inference_settings,
     read_calibration,
+    read_fitting_calibration,
     save_calibration,
 )
 from ovd.calibration_data import Outcomes, Picture, _judge, precision_above, restrict
@@ -128,6 +129,27 @@ def test_a_folders_calibration_is_used_for_scores_and_thresholds(folder, tmp_pat
         assert OpenVocabularyDetector.from_checkpoint(tmp_path / "d").calibration is None
 
 
+@pytest.mark.parametrize("written", [{}, {"vlm_background": False}])
+def test_a_calibration_without_a_background_does_not_fit_a_detector_with_one(folder, tmp_path, written) -> None:
+    path = save_calibration(tmp_path / CALIBRATION, ScoreCalibration({True: {1: curve(1)}}, written))
+    assert read_fitting_calibration(path, DetectorConfig()) is not None
+    with pytest.warns(UserWarning, match=r"made with vlm_background False \(now True\)"):
+        assert read_fitting_calibration(path, DetectorConfig(vlm_background=True)) is None
+
+
+def test_a_word_alone_has_the_curve_of_words_alone(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "d")
+    curves = {True: {1: curve(2.0)}, False: {1: curve(0.5)}}
+    save_calibration(tmp_path / "d" / CALIBRATION, ScoreCalibration(curves))
+    detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
+    # All base classes are words: they compete, though none is added.
+    for words, competitors, power in (("taco", False, 0.5), ("taco", True, 2.0), (["cat", "owl", "cup"], True, 2.0)):
+        detector.set_vocabulary(words, competitors=competitors)
+        raw = detector.predict(picture(), 0.0, 5, calibrated=False)
+        shown = detector.predict(picture(), 0.0, 5)
+        np.testing.assert_allclose(shown.scores, np.interp(raw.scores, *curve(power)), atol=1e-5)
+
+
 def test_saving_a_detector_anew_drops_the_old_calibration(folder, tmp_path, image_text_folder) -> None:
     shutil.copytree(folder, tmp_path / "d")
     save_calibration(tmp_path / "d" / CALIBRATION, ScoreCalibration({True: {1: curve(1)}}))
@@ -152,6 +174,12 @@ def test_scores_of_fewer_words_equal_a_run_with_these_words(tmp_path, image_text
     few = restrict(regions(everything), torch.tensor([4, 0, 3]))
     expected = regions(["koala", "cat", "taco"])
     torch.testing.assert_close(few.detector, expected.detector, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(few.image_text, expected.image_text, atol=1e-6, rtol=1e-3)
+    assert (few.image_text[:, 0] > 0).all()
+    # With competitors there is no background, which the run over all words had.
+    few = restrict(regions(everything), torch.tensor([4, 0, 1, 2]), background=False)
+    detector.set_vocabulary("koala")
+    expected = detector.model.inference([inputs], return_parts=True)[0]["parts"]
     torch.testing.assert_close(few.image_text, expected.image_text, atol=1e-6, rtol=1e-3)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image
 
@@ -15,7 +16,7 @@ from ovd.detector import OpenVocabularyDetector, save_detector
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import build_detector
 from ovd.text.embedding_file import save_embeddings
-from ovd.text.embeddings import embed_vocabulary
+from ovd.text.embeddings import embed_empty_prompt, embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
 from pretrain.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from pretrain.modeling.checkpoint import load_checkpoint, save_checkpoint
@@ -112,7 +113,8 @@ def test_competitors_take_scores_but_are_not_reported(tmp_path, image_text_folde
     detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
     picture, base = random_image(160, 160), detector.base_names
     # The same words with the base classes as ordinary words, of which only the first two are looked at.
-    detector.set_vocabulary(["taco", "koala", *base], competitors=False)
+    detector.set_vocabulary(["taco", "koala", *base])
+    assert not detector.competitors
     everything = detector.predict(picture, score_threshold=0.0, max_detections=300)
     expected = everything[np.flatnonzero(everything.labels < 2)]
     detector.set_vocabulary("taco, koala")
@@ -221,6 +223,43 @@ def test_one_word_works_end_to_end(detector) -> None:
     assert found.names == ["taco"] * 5 and detector.diagnose().num_words == 1
 
 
+def test_where_nothing_competes_the_empty_prompt_does(detector) -> None:
+    matrix = np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32)
+    empty = F.normalize(embed_empty_prompt(detector.image_text), dim=0)
+    head = detector.model.roi_heads.image_text_head
+
+    def image_text(word: str = "taco", **options) -> torch.Tensor:
+        detector.set_vocabulary(word, **options)
+        inputs = detector._inputs(random_image())
+        with detector._network(detector._active) as model:
+            return model.inference([inputs], return_parts=True)[0]["parts"].image_text
+
+    for options in ({"competitors": False}, {"embeddings": matrix}):
+        p = image_text(**options)
+        torch.testing.assert_close(head.background, empty[None])
+        assert p.shape[1] == 2 and (p[:, 1] < 1).all() and p[:, 1].std() > 0
+        torch.testing.assert_close(p.sum(dim=1), torch.ones(len(p)))
+    for word in ("taco", ["taco", *detector.base_names]):  # with competitors, or naming all of them itself
+        assert (image_text(word)[:, 0] == 0).all() and len(head.background) == 0
+    # The same region says more of what it shows: another word, another probability.
+    assert not torch.allclose(image_text("taco", competitors=False), image_text("koala", competitors=False))
+    detector.add_image_prompt("this", np.full((40, 40, 3), 90, np.uint8))
+    assert len(head.background) == 1 and detector.vocabulary.words == ("koala", "this")
+
+
+def test_a_detector_without_base_names_has_a_background_for_one_word(image_text_folder, image_text) -> None:
+    model = build_detector(DetectorConfig(**SMALL), image_text_folder)
+    detector = OpenVocabularyDetector(model, image_text)
+    detector.set_vocabulary("taco")
+    assert len(model.roi_heads.image_text_head.background) == 1
+    # With one base class there is nothing else that could compete either.
+    detector = OpenVocabularyDetector(model, image_text, ["tree"])
+    detector.set_vocabulary("tree")
+    assert len(model.roi_heads.image_text_head.background) == 1 and not detector.competitors
+    detector.set_vocabulary("taco")
+    assert len(model.roi_heads.image_text_head.background) == 0 and detector.competitors == ("tree",)
+
+
 def test_twenty_thousand_words_work_end_to_end(detector) -> None:
     words, matrix = [f"thing {i}" for i in range(20_000)], torch.randn(20_000, 64)
     detector.set_vocabulary(words, embeddings=matrix)
@@ -319,6 +358,7 @@ def test_the_explanation_is_a_table(tmp_path, image_text_folder) -> None:
     assert "taco (novel)" in text or "koala (novel)" in text or "competes only" in text
     assert "detector z" in text and "box: 10.0, 10.0, 90.0, 60.0" in text and "objectness" in text
     assert " - " in text  # no image-text score
+    assert "raw score |" in text and "before any calibration, as predict(picture, calibrated=False) gives it" in text
 
 
 @pytest.mark.parametrize(

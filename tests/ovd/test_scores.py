@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+import ovd
 from ovd.data.mapper import OpenVocabularyMapper
 from ovd.detections import Detections
 from ovd.detector import OpenVocabularyDetector
+from ovd.detector_folder import read_detector, read_prompting
 from ovd.evaluation.lvis_evaluator import evaluate_results
 from ovd.modeling.roi_heads import RegionScores
 from ovd.scores import DESCRIPTION, CachedPicture, ScoreCache, cached_proposals, collect_scores
@@ -98,6 +100,30 @@ def test_cached_detections_are_those_of_a_full_run(collected, detector, annotati
     assert len(cached) == len(full) > 30
     for ours, theirs in zip(cached, full, strict=True):
         assert ours == {name: value for name, value in theirs.items() if name != "segmentation"}
+
+
+def test_cached_detections_are_those_of_a_full_run_with_a_background_too(annotations, tmp_path) -> None:
+    folder = Path(ovd.__file__).parent / "weights" / "mini"
+    model, image_text, names = read_detector(folder, {"vlm_background": True})
+    detector = OpenVocabularyDetector(model.eval(), image_text, names, prompting=read_prompting(folder))
+    cache, _ = collect_scores(detector, annotations, annotations.parent, tmp_path)
+    assert (cache.read(3).regions.image_text[:, 0] > 0).all()
+    for settings in (ScoreSettings(0.35, 0.65), ScoreSettings(0.2, 0.9, 1.0, 2.0, 0.5)):
+        cached = cached_detections(cache, model.roi_heads, settings, SIZES, [2, 4, 7])
+        full = full_run(detector, annotations, settings)
+        assert [key(r) for r in cached] == [key(r) for r in full] and len(full) > 30
+        np.testing.assert_allclose([r["score"] for r in cached], [r["score"] for r in full], rtol=1e-4, atol=1e-6)
+
+
+def test_caches_of_before_there_was_a_background_still_count(detector, annotations, collected) -> None:
+    described = json.loads((collected[0].folder / DESCRIPTION).read_text())["architecture"]
+    assert "vlm_background" not in described and "box_smooth_l1_beta" not in described
+    detector.model.architecture.vlm_background = True
+    try:
+        with pytest.raises(ValueError, match="different: architecture"):
+            collect_scores(detector, annotations, annotations.parent, collected[0].folder)
+    finally:
+        detector.model.architecture.vlm_background = False
 
 
 def test_cached_masks_are_those_of_a_full_run(detector, annotations, tmp_path) -> None:

@@ -114,11 +114,26 @@ def test_duplicate_words_are_a_note_of_one_line(run, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == ["note: the comma list repeats Koala; each is kept once"]
 
 
+def test_a_file_of_embeddings_serves_the_detector_that_made_it_alone(run, command, weights, tmp_path, capsys):
+    path, embed = picture(tmp_path / "a.jpg"), command("embed_vocabulary")
+    for checkpoint, name in ((weights, "own"), ("mini", "other")):
+        output = str(tmp_path / f"{name}.safetensors")
+        assert embed(["--checkpoint", str(checkpoint), "--vocabulary", "koala, taco", "--output", output]) == 0
+    assert run(path) == 0
+    expected = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert run(path, vocabulary=str(tmp_path / "own.safetensors")) == 0
+    assert json.loads((tmp_path / "out" / "detections.json").read_text()) == expected
+    capsys.readouterr()
+    assert run(path, vocabulary=str(tmp_path / "other.safetensors")) == 1
+    assert "other.safetensors" in (error := error_of(capsys)) and "tools/embed_vocabulary.py" in error
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"vocabulary": " , "}, "holds no words"),
         ({"vocabulary": "words.txt"}, "words.txt does not exist"),
+        ({"vocabulary": "words.safetensors"}, "words.safetensors does not exist"),
         ({"--weights": "missing/folder"}, "missing/folder is no detector checkpoint"),
         ({"--weights": "nothing"}, "no detector named 'nothing' ships"),
     ],

@@ -37,6 +37,9 @@ def test_the_detector_takes_the_file_and_the_findings_are_printed(main, weights,
     expected = detector.model.roi_heads.box_predictor.cls_score.text_embeddings.clone()
     detector.set_vocabulary(embeddings=output)
     torch.testing.assert_close(detector.model.roi_heads.box_predictor.cls_score.text_embeddings, expected)
+    detector.set_vocabulary("dog")
+    assert detector.set_vocabulary(str(output)).words[:2] == ("koala", "KOALA bear")
+    torch.testing.assert_close(detector.model.roi_heads.box_predictor.cls_score.text_embeddings, expected)
 
 
 def test_an_image_text_checkpoint_has_the_empty_prompt_for_background(
@@ -66,3 +69,12 @@ def test_mistakes_get_one_sentence(main, weights, tmp_path, capsys, words, outpu
 def test_a_folder_that_is_no_checkpoint_is_named(main, tmp_path, capsys) -> None:
     assert call(main, tmp_path, "koala", tmp_path / "w.safetensors") == 1
     assert f"error: {tmp_path}" in capsys.readouterr().err
+
+
+def test_the_detector_that_ships_is_taken_by_its_name_and_others_are_named(main, tmp_path, capsys) -> None:
+    assert call(main, Path("mini"), "koala", tmp_path / "w.safetensors") == 0
+    assert "background: the detector's own" in capsys.readouterr().out
+    assert read_info(tmp_path / "w.safetensors").words == ("koala",)
+    assert call(main, Path("maxi"), "koala", tmp_path / "w.safetensors") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: 'maxi' is no detector: ") and "(mini)" in error and error.count("\n") == 1

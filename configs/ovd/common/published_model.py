@@ -34,15 +34,19 @@ model = L(build_detector)(
         mask_on=True,
         mask_num_conv=4,
         mask_conv_dim=256,
-        classifier_scale=100.0,  # cosine / 0.01, times a learned factor that starts at 1
+        box_smooth_l1_beta=1.0,  # Huber; [M] its threshold, which is that code's usual one
+        # Cosine / 0.01, times a learned factor that starts at 1. Scales are clipped at 100 as CLIP clips its own (the
+        # exponential of the learned logarithm), so from here it can only fall; [M] whether the family's may rise.
+        classifier_scale=100.0,
         learn_classifier_scale=True,
         classification="softmax",  # "sigmoid" with federated_loss="verified" uses LVIS's lists of absent classes
         background="empty_prompt",
         background_weight=0.9,
         vlm_mode="backbone",  # [M] "frozen_copy" is DITO's option
         vlm_output_size=14,
-        vlm_box_scale=1.0,  # [M] 0.7 is the family's option against context
+        vlm_box_scale=0.7,  # F-VLM's option against context; 1 is as good on the miniature (studies/detector_mini.md)
         vlm_scale=100.0,  # cosine / 0.01
+        vlm_background=True,  # the softmax is over the background too, which fusion then takes from the detector
         alpha=0.35,
         beta=0.65,
         objectness_delta=3.0,  # [M] DITO's value

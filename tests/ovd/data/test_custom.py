@@ -115,6 +115,13 @@ def test_ov_coco_trains_on_base_only_and_keeps_both_parts_for_evaluation(tmp_pat
     assert not report[coco.VAL]["missing"] and not report[coco.VAL]["unusable"]
 
 
+@pytest.mark.parametrize("folder", ["", "annotations"])
+def test_a_missing_file_of_coco_is_named_at_its_documented_place(tmp_path, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no annotations/instances_val2017.json: download"):
+        prepare_coco(tmp_path)
+
+
 def test_other_classes_than_cocos_are_refused(data):
     with pytest.raises(ValueError, match="category 1 is None in the annotation file and 'person' in COCO"):
         split_coco(data[0])

@@ -144,8 +144,10 @@ def test_faulty_files_get_a_clear_sentence(change, message, ground_truth, tmp_pa
 
 
 def test_absent_or_broken_files_get_a_clear_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tools/prepare_data.py makes it"):
+    with pytest.raises(FileNotFoundError, match="tools/prepare_data.py mini makes it"):
         read_ground_truth(tmp_path / "mini_lvis_train.json")
+    with pytest.raises(FileNotFoundError, match="download LVIS v1 and run python tools/prepare_data.py lvis"):
+        read_ground_truth(tmp_path / "lvis_v1_train_base.json")
     with pytest.raises(ValueError, match="not valid JSON"):
         read_ground_truth(write(tmp_path / "gt.json", "{"))
 

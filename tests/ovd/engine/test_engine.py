@@ -122,6 +122,17 @@ def test_a_resumed_run_equals_one_without_a_stop_to_the_bit(config, tmp_path, mo
     assert steps[-2:] == [2, 3]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("left", ["checkpoint", "state.pt"])
+def test_the_folder_of_a_pretraining_run_is_refused_and_left_as_it_is(config, left, resume):
+    run = Path(config.train.output)
+    run.mkdir()
+    (run / left).touch()
+    with pytest.raises(ConfigError, match=rf"holds a pretraining run \({left}\): set train.output elsewhere"):
+        trainer.train(config, resume=resume)
+    assert [p.name for p in run.iterdir()] == [left]
+
+
 def _interrupt():
     raise KeyboardInterrupt
 
@@ -172,10 +183,20 @@ def test_novel_annotations_that_are_filtered_out_leave_no_trace_in_the_weights(c
 
 def test_the_coco_protocol_reports_base_and_novel_apart(config):
     folder = trainer.train(config)
-    config.evaluation.protocol, config.evaluation.control = "coco", False
+    config.evaluation.protocol, config.evaluation.control, config.evaluation.samples = "coco", False, 5
     results = trainer.evaluate(config, folder)
     assert {"AP", "AP50", "AP50_base", "AP50_novel"} <= results["model"]["bbox"].keys()
     assert "APr" not in results["model"]["bbox"] and "COCO protocol" in results_table(results)
+    row = Path(config.train.output) / "evaluation" / "model"
+    content = json.loads((row / "metrics.json").read_text())
+    measured = {k: None if v != v else v for k, v in results["model"]["bbox"].items()}  # JSON has no NaN
+    assert content["metrics"]["bbox"] == measured and content["protocol"] == "coco"
+    assert {"AP50", "AP50_base", "AP50_novel", "AR@100_novel"} <= content["intervals"]["bbox"].keys()
+    assert "LVIS" not in (row / "summary.md").read_text()
+    config.evaluation.fixed_ap, config.evaluation.inference = True, {"detections_per_image": 301}
+    with pytest.raises(ConfigError, match="fixed_ap is of the LVIS protocol"):
+        trainer.evaluate(config, folder)
+    config.evaluation.fixed_ap = False
     config.evaluation.protocol = "voc"
     with pytest.raises(ValueError, match="evaluation.protocol is 'voc': choose lvis or coco"):
         trainer.evaluate(config, folder)

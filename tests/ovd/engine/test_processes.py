@@ -1,17 +1,22 @@
-"""Two real processes train one detector, started as torchrun starts them."""
+"""Two real processes train one detector, started as torchrun starts them; what comes back of one that fails."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessRaisedException
 
-from ovd.engine import trainer
+from ovd.engine import processes, trainer
 from ovd.engine.lazy_config import load_config
+from ovd.engine.processes import run_in_processes
+from pretrain.config import ConfigError
 
 _PROCESS = """
 import sys, torch
@@ -32,6 +37,29 @@ def work(config, overrides, folder):
 torch.set_num_threads(1)
 run_in_processes(work, 1, (sys.argv[1], sys.argv[3:], sys.argv[2]))
 """
+
+
+def spawned(function, count, dist_url, args):
+    """As Detectron2's launcher ends when the first process fails: with the text of its traceback."""
+    try:
+        function(*args)
+    except Exception:
+        text = f"\n\n-- Process 0 terminated with the following error:\n{traceback.format_exc()}"
+        raise ProcessRaisedException(text, 0, 1) from None
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
+def test_what_a_user_can_mend_in_a_started_process_is_its_sentence_alone(monkeypatch):
+    monkeypatch.setattr(processes, "launch", spawned)
+    monkeypatch.setattr(processes.torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError) as caught:
+        run_in_processes(raises, 2, (FileNotFoundError("a.json does not exist: make it"),), (OSError,))
+    assert str(caught.value) == "a.json does not exist: make it"
+    with pytest.raises(ProcessRaisedException, match="Traceback(.|\n)*KeyError: 'x'"):
+        run_in_processes(raises, 2, (KeyError("x"),), (OSError,))
 
 
 def free_port() -> int:
@@ -57,15 +85,15 @@ def test_two_processes_average_losses_keep_equal_weights_and_measure_like_one(co
         f"evaluation.annotations={pictures}", "evaluation.control=False", "data.test.batch_size=1",
     ]  # fmt: skip
     command = [sys.executable, "-c", _PROCESS, "configs/ovd/mini_lvis.py", str(tmp_path), *overrides]
-    processes = []
+    started = []
     try:
         for rank in range(2):
             environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with (tmp_path / f"{rank}.log").open("wb") as log:
-                processes.append(subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log))
-        codes = [process.wait(timeout=120) for process in processes]
+                started.append(subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=log))
+        codes = [process.wait(timeout=120) for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
     assert codes == [0, 0], "\n".join((tmp_path / f"{rank}.log").read_text()[-3000:] for rank in range(2))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

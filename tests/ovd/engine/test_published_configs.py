@@ -91,7 +91,8 @@ def test_the_detector_builds_at_full_size_on_the_meta_device(path, tower, depth,
     cfg = load_config(path)
     with torch.device("meta"):
         towers = published_towers(tower)
-        model = _build(cfg, towers, background="learned")
+        # Without the empty prompt: there is no data to embed it with.
+        model = _build(cfg, towers, background="learned", vlm_background=False)
     net = model.backbone.net
     assert (len(net.blocks), net.pos_embed.shape[-1], net.global_blocks) == (depth, width, blocks)
     assert (net.window_size, net.image_size, model.architecture.detections_per_image) == (16, 1024, 300)
@@ -114,6 +115,12 @@ def test_vit_b_trains_one_tiny_step_with_the_published_heads():
     picture = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 64, 64), dtype=np.uint8))
     with EventStorage():
         losses = model([{"image": picture, "height": 64, "width": 64, "instances": target}])
+    predictor = model.roi_heads.box_predictor
+    assert (predictor.box_reg_loss_type, predictor.smooth_l1_beta) == ("smooth_l1", 1.0)  # Huber's loss
+    assert torch.equal(
+        model.roi_heads.image_text_head.background,
+        torch.nn.functional.normalize(predictor.cls_score.background_embedding, dim=-1)[None],
+    )
     sum(losses.values()).backward()
     assert all(math.isfinite(loss.item()) for loss in losses.values())
     assert model.backbone.net.blocks[0].attn.qkv.weight.grad.abs().sum() > 0

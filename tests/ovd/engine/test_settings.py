@@ -99,6 +99,27 @@ def test_settings_of_inference_change_what_is_kept(config):
         trainer.evaluate(config, folder)
 
 
+def test_masks_to_learn_from_and_masks_to_predict_go_together(config, monkeypatch):
+    steps = []
+    monkeypatch.setattr(trainer, "_run_loop", lambda *_: steps.append(1))
+    config.data.train.mapper.with_masks = False
+    with pytest.raises(
+        ConfigError, match=r"data\.train\.mapper\.with_masks is False, but model\.architecture\.mask_on"
+    ):
+        trainer.train(config)
+    assert not steps
+    config.model.architecture.mask_on = False
+    folder = trainer.train(config)
+    assert steps and not trainer.read_detector(folder)[0].roi_heads.mask_on
+
+
+def test_boxes_alone_train(config):
+    config.data.train.mapper.with_masks, config.model.architecture.mask_on = False, False
+    config.evaluation.control, config.train.max_iter = False, 1
+    folder = trainer.train(config)
+    assert "mask_head" not in str(list(trainer.read_detector(folder)[0].state_dict()))
+
+
 def test_pictures_are_of_the_size_that_the_detector_was_made_for(config, config_overrides):
     config.data.train.mapper.image_size = 64
     with pytest.raises(ConfigError, match=r"data\.train\.mapper\.image_size is 64, but the detector was made for 96"):

@@ -87,6 +87,40 @@ def test_a_training_is_measured_in_all_its_ways_and_not_run_again(description, l
     assert len(plots) == 2 and all(p.read_bytes().startswith(b"\x89PNG") for p in plots)
 
 
+def test_a_variant_may_read_regions_otherwise_than_training_did(description, load, monkeypatch):
+    before = judged(load(description).config, load(description).jobs[0])
+    assert "architecture" not in before, "results from before there was this field still count"
+    description["variants"] = [
+        {"name": "alone", "training": "detector", "weights": "none"},
+        {"name": "crops", "training": "detector", "weights": "fixed"},
+        {"name": "off", "training": "detector", "weights": "fixed", "architecture": {"vlm_mode": "off"}},
+        {"name": "map", "training": "detector", "weights": "fixed", "architecture": {"vlm_mode": "backbone"}},
+        {"name": "map_chosen", "training": "detector", "architecture": {"vlm_mode": "backbone"}},
+    ]
+    study = load(description)
+    assert judged(study.config, study.jobs[0]) != before
+    scores = []
+    measure = study_judging.resampled
+    monkeypatch.setattr(
+        study_judging, "resampled", lambda *given: scores.append([r["score"] for r in given[1]]) or measure(*given)
+    )
+    result = run_job(study.config, study.jobs[0])
+    alone, crops, off, own_map, _ = scores
+    # To the precision of cached scores: without an image-text score the detector decides alone.
+    assert off == pytest.approx(alone, rel=1e-3) and crops != pytest.approx(alone, rel=1e-3)
+    assert own_map != pytest.approx(crops, rel=1e-3) and own_map != pytest.approx(alone, rel=1e-3)
+    assert list(result.settings) == ["alone", "crops", "off", "map", "map_chosen"] == list(result.values)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [({"vlm_mod": "off"}, "detection"), ({"vlm_mode": "off"}, "retention")]
+)
+def test_an_architecture_that_a_variant_cannot_have_is_named(description, load, architecture, kind):
+    description["variants"][0]["architecture"] = architecture
+    with pytest.raises(ConfigError, match="variant alone: architecture: (DetectorConfig has no vlm_mod|that is for)"):
+        load({**description, "kind": kind, "words": ["apple"]})
+
+
 def test_a_setting_that_training_depends_on_gives_another_folder(description, load):
     first = load(description).jobs[0].folder
     description["trainings"][0]["overrides"]["train.log_every"] = 2

@@ -76,6 +76,7 @@ ARCHITECTURES = {
     "off": {"vlm_mode": "off", "mask_on": False, "background": "empty_prompt"},
     "sigmoid": {"classification": "sigmoid", "window_size": 0},
     "localization": {"proposals": "localization", "rpn_nms_thresholds": (0.7, 1.0)},
+    "background": {"vlm_background": True, "objectness_delta": 1.0},
     "ensemble": {"distillation": "ensemble", "vlm_mode": "off", "vlm_crop_size": 32},
 }
 
@@ -140,6 +141,19 @@ def test_onnx_takes_any_vocabulary_and_any_picture_size(exported, num_words) -> 
         assert results[2].max() < max(1, num_words // 2)
 
 
+def test_onnx_takes_the_background_of_a_word_that_nothing_competes_with(exported) -> None:
+    detector, _, session = exported
+    image, scores = torch.from_numpy(picture(160, 160)).permute(2, 0, 1)[None], {}
+    for competitors in (False, True):
+        detector.set_vocabulary("taco", competitors=competitors)
+        vocabulary = vocabulary_tensors(detector)
+        assert bool(vocabulary["vlm_background"].any()) != competitors
+        results = run(session, image, vocabulary)
+        assert_same(results, detector, image)
+        scores[competitors] = results[1]
+    assert not np.allclose(scores[False], scores[True], atol=1e-3)
+
+
 def test_the_file_says_what_a_consumer_must_know_and_nothing_of_the_machine(exported) -> None:
     detector, folder, session = exported
     about = session.get_modelmeta().custom_metadata_map
@@ -171,6 +185,12 @@ def test_the_example_that_needs_only_onnxruntime_finds_what_the_detector_finds(e
     np.testing.assert_allclose(scores, wanted.scores, atol=1e-3)
     np.testing.assert_allclose(boxes, wanted.boxes, atol=5e-3)  # 1e-3 of the small picture's pixels
     assert np.mean(np.stack(masks) != wanted.masks) < 1e-3
+    assert not detector.calibration  # then 0.3 is the lowest score; of calibrated ones it is 0.5
+    assert len(example.detect(session, words, Image.fromarray(image))) == sum(score >= 0.3 for score in scores)
+    words |= {"calibration_scores": np.array([0.0, min(scores), 1.0]), "calibration_shares": np.array([0.0, 0.4, 1.0])}
+    calibrated = [score for _, score, *_ in example.detect(session, words, Image.fromarray(image), 0.0)]
+    assert min(calibrated) < 0.5 < max(calibrated)
+    assert len(example.detect(session, words, Image.fromarray(image))) == sum(score >= 0.5 for score in calibrated)
     words["image_text_sha256"] = np.array("another")
     with pytest.raises(ValueError, match="embedded by another model"):
         example.detect(session, words, Image.fromarray(image), 0.0)

@@ -94,3 +94,17 @@ def test_the_distilled_head_scores_cosines_over_the_words_alone() -> None:
     scores = head.probabilities(pooled)
     torch.testing.assert_close(scores[:, 1:], (10.0 * cosines).softmax(dim=1))
     assert (scores[:, 0] == 0).all() and "text_embeddings" not in head.state_dict()
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_box_loss_is_quadratic_below_its_beta(beta: float) -> None:
+    model = predictor(classification="softmax", smooth_l1_beta=beta)
+    proposals = sampled([0, 3])
+    deltas = torch.tensor(
+        [[0.4, -0.2, 3.0, 0.0], [0.0, 0.0, 0.0, -2.0]]
+    )  # the boxes are right as they are: all is error
+    with EventStorage():
+        loss = model.losses((torch.zeros(2, 7), deltas), [proposals])["loss_box_reg"]
+    error = deltas.abs()
+    each = torch.where(error < 1, error**2 / 2, error - 0.5) if beta else error
+    torch.testing.assert_close(loss, each.sum() / 2)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -105,8 +106,10 @@ def test_boxes_do_not_depend_on_the_vocabulary(image_text) -> None:
 
 
 @pytest.mark.parametrize("mode", ["backbone", "frozen_copy", "crops", "off"])
-def test_permuting_the_vocabulary_permutes_the_scores(image_text, mode: str) -> None:
-    model, inputs, order = small_detector(image_text, vlm_mode=mode).eval(), picture(), torch.tensor([3, 0, 4, 1, 2])
+@pytest.mark.parametrize("background", [False, True])
+def test_permuting_the_vocabulary_permutes_the_scores(image_text, mode: str, background: bool) -> None:
+    model = small_detector(image_text, vlm_mode=mode, vlm_background=background).eval()
+    inputs, order = picture(), torch.tensor([3, 0, 4, 1, 2])
     is_base = torch.tensor([True, False, True, False, False])
     model.set_text_embeddings(words(5), is_base)
     scores = parts_of(model, inputs).fused(model.roi_heads.is_base, 0.35, 0.65, 0.0)
@@ -117,12 +120,51 @@ def test_permuting_the_vocabulary_permutes_the_scores(image_text, mode: str) -> 
 
 
 @pytest.mark.parametrize("count", [1, 5000])
-def test_vocabulary_of_any_size_runs(image_text, count: int) -> None:
-    model = small_detector(image_text, detections_per_image=20).eval()
+@pytest.mark.parametrize("background", [False, True])
+def test_a_vocabulary_of_any_size_is_scored_as_the_formula_says(image_text, count: int, background: bool) -> None:
+    model = small_detector(image_text, detections_per_image=20, vlm_background=background).eval()
     model.set_text_embeddings(words(count), torch.zeros(count, dtype=torch.bool))
-    instances = model([picture() | {"height": 80, "width": 100}])[0]["instances"]
-    assert 0 < len(instances) <= 20 and int(instances.pred_classes.max()) < count
-    assert instances.pred_masks.shape == (len(instances), 80, 100)
+    output = model.inference([picture() | {"height": 80, "width": 100}], return_parts=True)[0]
+    instances, parts = output["instances"], output["parts"]
+    assert instances.pred_masks.shape == (len(instances), 80, 100) and len(instances) <= 20
+    z, p = parts.detector.double().numpy(), parts.image_text.double().numpy()
+    np.testing.assert_allclose(z.sum(axis=1), 1, rtol=1e-4)
+    np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-4)
+    assert (p[:, 0] > 0).all() == background and ((p[:, 1] < 1).all() or (count == 1 and not background))
+    classes = z[:, 1:] ** 0.35 * p[:, 1:] ** 0.65  # all are novel
+    fused = classes / (z[:, :1] + classes.sum(axis=1, keepdims=True))
+    # NMS leaves the best of each class alone, so the best of all is the first detection.
+    region, label = np.unravel_index(fused.argmax(), fused.shape)
+    assert instances.scores[0].item() == pytest.approx(fused.max(), rel=1e-4)
+    assert fused[:, int(instances.pred_classes[0])].max() == pytest.approx(fused[region, label], rel=1e-4)
+    assert (instances.scores.diff() <= 0).all() and int(instances.pred_classes.max()) < count
+
+
+def test_the_background_of_the_image_text_score_is_the_empty_prompt(image_text) -> None:
+    inputs, empty = picture(), image_text.model.encode_text(image_text.tokenizer([""]))[0].detach()
+    plain, with_background = (small_detector(image_text, vlm_background=on).eval() for on in (False, True))
+    assert set(plain.state_dict()) == set(with_background.state_dict())
+    for model in (plain, with_background):
+        model.set_text_embeddings(words(3))
+    before, expected = parts_of(plain, inputs).image_text, parts_of(with_background, inputs).image_text
+    assert (before[:, 0] == 0).all() and (expected[:, 0] > 0).all()
+    # The words' shares among themselves are those of before.
+    torch.testing.assert_close(
+        expected[:, 1:] / expected[:, 1:].sum(1, keepdim=True), before[:, 1:], rtol=1e-3, atol=1e-6
+    )
+    plain.set_text_embeddings(words(3), vlm_background=empty)
+    assert torch.equal(parts_of(plain, inputs).image_text, expected)
+    plain.set_text_embeddings(words(3))
+    assert torch.equal(parts_of(plain, inputs).image_text, before)
+
+
+def test_independent_scores_fuse_with_a_background_too(image_text) -> None:
+    model = small_detector(image_text, classification="sigmoid", vlm_background=True).eval()
+    model.set_text_embeddings(words(1), torch.tensor([False]))
+    parts = parts_of(model, picture())
+    assert parts.independent and (parts.image_text[:, 1] < 1).all()
+    expected = parts.detector[:, 1] ** 0.35 * parts.image_text[:, 1] ** 0.65
+    torch.testing.assert_close(parts.fused(model.roi_heads.is_base, 0.35, 0.65, 0.0)[:, 1], expected)
 
 
 def test_candidate_limit_keeps_the_best_detections(image_text) -> None:

@@ -1,12 +1,14 @@
 """The image-text model's score of a region."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ovd.modeling import vlm_head
 from ovd.modeling.backbone import WindowedViT
-from ovd.modeling.vlm_head import CropTextHead, ImageTextHead, shrink_boxes, square_boxes
+from ovd.modeling.score_fusion import fuse_scores
+from ovd.modeling.vlm_head import CropTextHead, ImageTextHead, RegionTextHead, shrink_boxes, square_boxes
 
 
 @torch.no_grad()
@@ -43,10 +45,85 @@ def test_logits_are_scaled_cosines_and_probabilities_have_no_background(image_te
     torch.testing.assert_close(probabilities[:, 1:], expected.softmax(dim=1))
 
 
+FEATURE_MAP, BOXES = torch.randn(1, 96, 10, 10), [torch.tensor([[16.0, 16.0, 90.0, 120.0], [0, 0, 40, 40]])]
+
+
 @torch.no_grad()
-def test_probabilities_in_parts_are_those_of_the_whole(image_text, monkeypatch) -> None:
+@pytest.mark.parametrize("built_with", [True, False])
+def test_the_softmax_is_over_the_background_too(image_text, built_with: bool) -> None:
+    words, background = torch.randn(5, 64), torch.randn(64)
+    head = ImageTextHead(image_text.model.visual, 64, 30.0, background=background if built_with else None)
+    head.set_text_embeddings(words, None if built_with else background)
+    region = head.embed_regions(FEATURE_MAP, BOXES).double().numpy()
+    rows = np.concatenate([background[None].double().numpy(), words.double().numpy()])
+    weights = np.exp(30.0 * region @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T)
+    expected = weights / weights.sum(axis=1, keepdims=True)
+    probabilities = head.probabilities(FEATURE_MAP, BOXES)
+    np.testing.assert_allclose(probabilities.numpy(), expected, rtol=1e-4, atol=1e-7)
+    assert (probabilities[:, 0] > 0).all() and head(FEATURE_MAP, BOXES).shape == (2, 5)
+    head.set_text_embeddings(words)
+    assert bool((head.probabilities(FEATURE_MAP, BOXES)[:, 0] > 0).all()) == built_with
+
+
+@torch.no_grad()
+def test_fusion_with_the_background_gives_the_published_numbers() -> None:
+    """Oracle 9: both softmaxes are over [background, base, novel, novel]; here the head makes the image-text one."""
+
+    class Given(RegionTextHead):  # cosines of 1 with basis vectors: the embeddings are the logits, up to their length
+        def feature_map(self, features, images, image_sizes):
+            return features
+
+        def embed_regions(self, feature_map, boxes):
+            return feature_map
+
+    logits = torch.tensor([[0.0, 3, 1, 2], [0, 1, 4, 0.5]])
+    head = Given(16, 4, scale=1.0, box_scale=1.0, background=torch.eye(4)[0])
+    head.unused = torch.nn.Parameter(torch.zeros(1))  # says where the head is
+    head.set_text_embeddings(torch.eye(4)[1:])
+    z = torch.tensor([[2.0, 1, 0, -1], [0.5, 3, 0.2, 0.1]]).softmax(1)
+    fused = fuse_scores(z, head.probabilities(logits, []), torch.tensor([True, False, False]), 0.35, 0.65)
+    expected = torch.tensor([[0.543459, 0.283711, 0.073549, 0.099281], [0.093349, 0.410235, 0.451591, 0.044825]])
+    torch.testing.assert_close(fused, expected, atol=2e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_one_word_with_a_background_depends_on_the_region(image_text) -> None:
     head = ImageTextHead(image_text.model.visual, 64, scale=30.0)
-    head.set_text_embeddings(torch.randn(5, 64))
+    head.set_text_embeddings(torch.randn(1, 64))
+    assert (head.probabilities(FEATURE_MAP, BOXES)[:, 1] == 1).all()
+    background = torch.randn(64)
+    head.set_text_embeddings(head.text_embeddings, background)
+    alone = head.probabilities(FEATURE_MAP, BOXES)[:, 1]
+    cosines = [
+        F.cosine_similarity(head.embed_regions(FEATURE_MAP, BOXES), v[None])
+        for v in (*head.text_embeddings, background)
+    ]
+    torch.testing.assert_close(alone, (30.0 * (cosines[0] - cosines[1])).sigmoid())
+
+
+@torch.no_grad()
+def test_permuting_words_beside_a_background_permutes_their_probabilities(image_text) -> None:
+    head, words, order = ImageTextHead(image_text.model.visual, 64, 30.0), torch.randn(5, 64), torch.randperm(5)
+    head.set_text_embeddings(words, words.sum(dim=0))
+    before = head.probabilities(FEATURE_MAP, BOXES)
+    head.set_text_embeddings(words[order], words.sum(dim=0))
+    permuted = head.probabilities(FEATURE_MAP, BOXES)
+    torch.testing.assert_close(permuted, before[:, torch.cat([torch.tensor([0]), 1 + order])])
+
+
+@pytest.mark.parametrize("background", [torch.zeros(64), torch.full((64,), torch.nan), torch.randn(5)])
+def test_a_background_that_is_no_embedding_is_refused(image_text, background) -> None:
+    head = ImageTextHead(image_text.model.visual, 64, scale=30.0)
+    with pytest.raises(ValueError, match="text embedding"):
+        head.set_text_embeddings(torch.randn(2, 64), background)
+    assert len(head.text_embeddings) == 0 and "background" not in str(head.state_dict().keys())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("background", [None, torch.ones(64)])
+def test_probabilities_in_parts_are_those_of_the_whole(image_text, monkeypatch, background) -> None:
+    head = ImageTextHead(image_text.model.visual, 64, scale=30.0)
+    head.set_text_embeddings(torch.randn(5, 64), background)
     feature_map, boxes = torch.randn(1, 96, 10, 10), [torch.rand(9, 4) * 60 + torch.tensor([0.0, 0, 80, 80])]
     whole = head.probabilities(feature_map, boxes)
     monkeypatch.setattr(vlm_head, "_VALUES_AT_ONCE", 13)

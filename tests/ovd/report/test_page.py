@@ -13,6 +13,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from ovd.evaluation.coco_evaluator import CocoEvaluator
 from ovd.evaluation.lvis_evaluator import OpenVocabularyEvaluator
 from ovd.report.cli import is_detector_run, main, write_report
 from ovd.report.page import detector_page
@@ -39,10 +40,12 @@ def make_truth(folder: Path, pictures: int = 6) -> dict:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def evaluate(truth: dict, output: Path, seed: int) -> None:
+def evaluate(truth: dict, output: Path, seed: int, coco: bool = False) -> None:
     """What an evaluation leaves, of detections with some noise in box, word and score."""
     rng = np.random.default_rng(seed)
     evaluator = OpenVocabularyEvaluator(truth, output, samples=5)
+    if coco:
+        evaluator = CocoEvaluator(truth, output, {1: False, 2: True, 3: True}, samples=5)
     for image in truth["images"]:
         boxes = np.array([a["bbox"] for a in truth["annotations"] if a["image_id"] == image["id"]], float)
         boxes = np.concatenate([boxes, [[0, 0, 20, 4]]])
@@ -119,6 +122,21 @@ def test_the_ap_table_has_the_evaluations_numbers(run, page):
         measured = metrics_of(run, name)["metrics"]["bbox"]
         for (text, exact), key in zip(row[2:], ("AP", "AP50", "AP75", "APr", "APc", "APf", "AR@300"), strict=True):
             assert float(exact) == measured[key] and text == f"{100 * measured[key]:.1f}"
+
+
+def test_an_evaluation_by_cocos_protocol_is_called_so_and_has_base_and_novel_words(tmp_path):
+    truth = make_truth(tmp_path)
+    evaluate(truth, tmp_path / "evaluation/model", 0, coco=True)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    page = detector_page(tmp_path, tmp_path / "truth.json")
+    measured = metrics_of(tmp_path)["metrics"]["bbox"]
+    (row,) = first_table(page, "Average precision of base and novel classes")
+    keys = ("AP", "AP50", "AP75", "AP50_base", "AP50_novel", "AP_base", "AP_novel", "AR@100")
+    assert [float(exact) for _, exact in row[2:]] == [measured[key] for key in keys]
+    html = page.render()
+    assert "COCO protocol, percent" in html and "LVIS protocol, percent" not in html
+    assert f"{100 * measured['AP50_novel']:.1f}" in html and "box AP50, novel words" in html
+    assert any("metrics.json is of COCO" in str(missing) for missing in page.missing)
 
 
 def test_every_exact_number_is_in_the_runs_files_or_counted_from_them(run, page):

@@ -17,7 +17,7 @@ PATIENCE = 180  # seconds until the page counts as not coming up; it takes a few
 @pytest.fixture(scope="session")
 def page_address() -> Iterator[str]:
     """Address of the page with the kept weights; the process has ended, and removed its uploads, after the tests."""
-    pytest.importorskip("gradio", reason="the page is an extra: pip install 'reclip-ovd[web]'")
+    pytest.importorskip("gradio", reason="the page is an extra: pip install -e '.[web]'")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
