@@ -65,6 +65,11 @@ class StudyConfig:
     report: str = "studies/study.md"  # the table; the plot lies beside it
     runs: list[RunSpec] = field(default_factory=list)
 
+    @property
+    def aim_text(self) -> str:
+        """The aim's points, in words."""
+        return f"{self.aim_points:g} point{'s' * (self.aim_points != 1)}"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -294,7 +299,8 @@ def describe_machine() -> str:
     except (OSError, StopIteration):
         model = platform.machine()
     accelerator = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    threads = torch.get_num_threads()
     return (
         f"{accelerator}{about['cpus']} cores of {model}, Python {about['python']}, PyTorch {about['torch']}, "
-        f"timm {about.get('timm', '-')}, {torch.get_num_threads()} threads"
+        f"timm {about.get('timm', '-')}, {threads} thread{'s' * (threads != 1)}"
     )

@@ -7,9 +7,10 @@ one seed, and has a run folder. What a spec holds and how a job is judged is in 
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -24,6 +25,9 @@ class Spec(Protocol):
 
     name: str
     seeds: list[int]
+
+
+_COMMANDS = {"runs": "tools/study.py", "trainings": "tools/study_detector.py"}  # by what only its studies have
 
 
 class Job(Protocol):
@@ -42,7 +46,7 @@ def read_study(path: Path, schema: type[Fields]) -> Fields:
     """Read a study file as the dataclass `schema`; what the values mean is not checked.
 
     Raises:
-        ConfigError: for a missing file, text that is not YAML, or an unknown field.
+        ConfigError: for a missing file, text that is not YAML, an unknown field, or a study of the other command.
     """
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
@@ -52,6 +56,9 @@ def read_study(path: Path, schema: type[Fields]) -> Fields:
         node = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # the YAML parser's own errors have many types
         raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    for field, command in _COMMANDS.items():
+        if isinstance(node, dict) and field in node and field not in get_type_hints(schema):
+            raise ConfigError(f"{path} is a study of another kind, with {field}: give it to {command}")
     return options_from_dict(schema, node, "study")
 
 
@@ -107,3 +114,8 @@ def stored_result(folder: Path, kind: type[Fields]) -> Fields | None:
         return kind(**json.loads((folder / RESULT_FILE).read_text()))
     except (OSError, json.JSONDecodeError, TypeError):
         return None
+
+
+def machines(described: Iterable[str]) -> str:
+    """The machines of a study's results, each once; kept results of before say "1 threads"."""
+    return "; ".join(sorted({re.sub(r"\b1 threads$", "1 thread", machine) for machine in described}))

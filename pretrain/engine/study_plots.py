@@ -51,7 +51,7 @@ def _draw_over_time(figure: "Figure", study: Study, results: Results) -> None:
     base = next((row for row in rows if row.name == config.baseline and row.size == config.image_size), None)
     if base and config.aim_ratio:
         time, points = base.seconds.mean / config.aim_ratio, base.accuracy[config.split][0].mean - config.aim_points
-        label = f"aim: within {config.aim_points:g} point(s), {config.aim_ratio:g}x less time"
+        label = f"aim: within {config.aim_text}, {config.aim_ratio:g}x less time"
         axes.axvline(time, color="grey", linestyle=":", linewidth=1, label=label)
         axes.axhline(points, color="grey", linestyle=":", linewidth=1)
     axes.set_xscale("log")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pretrain.engine.equal_time import training_seconds
 from pretrain.engine.study import Result, RunSpec, Study, StudyConfig, read_result
+from pretrain.engine.study_file import machines
 from pretrain.engine.study_timing import read_timing
 
 
@@ -134,7 +135,7 @@ def verdict(config: StudyConfig, rows: list[Row]) -> str:
     if config.seconds or not config.aim_ratio:
         return _order(config, rows)
     aim = (
-        f"Aim: at most {config.aim_points:g} point(s) of top-1 on {config.split} below {config.baseline} at "
+        f"Aim: at most {config.aim_text} of top-1 on {config.split} below {config.baseline} at "
         f"{config.aim_ratio:g} times less measured training time."
     )
     compared = [row for row in rows if row.name != config.baseline and row.difference]
@@ -177,8 +178,8 @@ def _caveat(config: StudyConfig, rows: list[Row]) -> list[str]:
     if top1 >= 10 * config.aim_points:
         return []
     return [
-        f"The baseline itself reaches {top1:.1f} %, of which {config.aim_points:g} point(s) are a large part: compare "
-        "top-5 and longer runs too."
+        f"The baseline itself reaches {top1:.1f} %, and {config.aim_text} would be a large part of that: compare top-5 "
+        "and longer runs too."
     ]
 
 
@@ -225,7 +226,7 @@ def provenance(study: Study, results: dict[str, dict[int, Result]]) -> list[str]
     dates = sorted({result.date for result in done})
     return [
         f"Command: `{_command(study)}`",
-        f"Machine: {'; '.join(sorted({result.machine for result in done}))}",
+        f"Machine: {machines(result.machine for result in done)}",
         f"Date: {dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}; seeds {', '.join(map(str, seeds))}; "
         f"code {', '.join(sorted({result.git_revision.partition('+')[0][:10] for result in done}))}",
     ]

@@ -1,5 +1,6 @@
 """A study file: jobs in the order to run them, what each is, and which mistakes are named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # Detector studies, which have a `kind`, are another half's.
 CHECKED_IN = [p for p in sorted((ROOT / "configs" / "studies").glob("*.yaml")) if "\nkind:" not in p.read_text()]
 EQUAL_STEPS = ROOT / "configs/studies/objectives_steps_mini.yaml"
+AFTER_ALIGNMENT = ROOT / "configs/studies/uta_sizes_mini.yaml"
 
 
 def test_one_seed_of_everything_comes_first(make_study):
@@ -61,26 +63,44 @@ def test_unknown_runs_and_files_are_named(make_study, tmp_path):
 
 def test_the_study_of_equal_steps_gives_every_objective_the_same_steps_of_the_same_pairs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    jobs = {job.spec.name: job for job in load_study(EQUAL_STEPS).jobs}
+    jobs = {job.spec.name: job for job in load_study(EQUAL_STEPS).jobs if job.seed == 0}
     timed = load_study(ROOT / "configs/studies/objectives_mini.yaml", timed=False)
     curriculum = next(job.config.phases for job in timed.jobs if job.spec.name == "info_nce_reclip")
     assert len({job.config.objective.name for job in jobs.values()}) == 4
-    for phases in (
-        [jobs[name].config.phases for name in ("info_nce", "distillation", "otter", "clip_rocket")],
-        [jobs[name].config.phases for name in ("info_nce_trained", "otter_trained")],
+    repeats = ("info_nce_repeats", "distillation_repeats", "otter_repeats")
+    for names in (
+        ("info_nce", "distillation", "otter", "clip_rocket", *repeats),
+        ("info_nce_trained", "otter_trained"),
     ):
-        assert all(own == phases[0] for own in phases)
+        assert all(jobs[name].config.phases == jobs[names[0]].config.phases for name in names)
     own = jobs["info_nce"].config.phases
     assert [(p.image_size, p.context_length, p.lr) for p in own] == [
         (p.image_size, p.context_length, p.lr) for p in curriculum
     ]
     first = str(jobs["info_nce"].folder / "checkpoint")
     assert all(jobs[name].config.model.init == first for name in ("info_nce_trained", "otter_trained"))
-    assert all(job.config.data == jobs["info_nce"].config.data for job in jobs.values())
-    assert all(job.config.optim == jobs["info_nce"].config.optim for job in jobs.values())
+    for name, job in jobs.items():
+        assert job.config.optim == jobs["info_nce"].config.optim
+        assert job.config.data.unique_by == (None if name in repeats else "concept")
+        assert replace(job.config.data, unique_by="concept") == jobs["info_nce"].config.data
 
 
-@pytest.mark.parametrize("path", sorted(set(CHECKED_IN) - {EQUAL_STEPS}), ids=lambda path: path.name)
+def test_the_study_of_utas_sizes_continues_one_alignment(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for seed in (0, 1):
+        jobs = {job.spec.name: job for job in load_study(AFTER_ALIGNMENT).jobs if job.seed == seed}
+        start = jobs["alignment"].config
+        for name in ("full_size", "small", "small_then_full", "short"):
+            config = jobs[name].config
+            assert config.model.init == str(jobs["alignment"].folder / "checkpoint")
+            assert all(config.objective_of(phase).name == "info_nce" for phase in config.phases)
+            assert (config.data, config.optim, config.run.seed) == (start.data, start.optim, seed)
+        from_nothing = jobs["small_alignment"].config
+        assert from_nothing.model.init is None
+        assert [from_nothing.objective_of(phase).name for phase in from_nothing.phases] == ["uta", "uta", "info_nce"]
+
+
+@pytest.mark.parametrize("path", sorted(set(CHECKED_IN) - {EQUAL_STEPS, AFTER_ALIGNMENT}), ids=lambda path: path.name)
 def test_a_checked_in_study_compares_what_it_says(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = load_study(path, timed=False)
