@@ -21,7 +21,7 @@ def index_shards(options: argparse.Namespace) -> None:
     if options.processes is not None and options.processes < 1:
         raise ValueError(f"--processes {options.processes} is below 1")
     paths = expand_shards(options.pattern)
-    print(*ShardSource(paths, processes=options.processes).notes, sep="\n")
+    print(*ShardSource(paths, processes=options.processes, caption_reader="").notes, sep="\n")
     if lost := sum(kept_index(path) is None for path in paths):
         raise OSError(
             f"the indices of {lost} shards cannot be kept, neither beside them nor in the user's cache: make one of "

@@ -69,9 +69,7 @@ def make_shards(folder: Path, images: int = 2000, side: int = 512, per_shard: in
     try:
         import skimage
     except ImportError as error:
-        raise ConfigError(
-            "the pictures are scikit-image's: pip install 'reclip-ovd[mini]', or give --shards"
-        ) from error
+        raise ConfigError("the pictures are scikit-image's: pip install -e '.[mini]', or give --shards") from error
     data = Path(skimage.__file__).parent / "data"
     photographs = [Image.open(data / name).convert("RGB") for name in _PHOTOGRAPHS]
     rng = np.random.default_rng(seed)
@@ -125,9 +123,7 @@ def open_clip_batches(benchmark: DataBenchmark, workers: int) -> Iterator[tuple]
         from open_clip import SimpleTokenizer, image_transform
         from open_clip_train.data import get_wds_dataset
     except ImportError as error:
-        raise ConfigError(
-            f"open_clip's pipeline needs webdataset ({error}): pip install 'reclip-ovd[shards]'"
-        ) from error
+        raise ConfigError(f"open_clip's pipeline needs webdataset ({error}): pip install -e '.[shards]'") from error
     arguments = argparse.Namespace(
         train_data=benchmark.shards, train_num_samples=10**9, train_data_upsampling_factors=None,
         dataset_resampled=True, batch_size=benchmark.batch_size, workers=workers, world_size=1, seed=benchmark.seed,

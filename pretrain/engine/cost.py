@@ -255,10 +255,10 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of every phase, and of the baseline."""
+    """The cost of every phase, and of the baseline; None where nothing stands in for full-resolution training."""
 
     phases: list[PhaseCost]
-    baseline: Baseline
+    baseline: Baseline | None
 
     @property
     def training_flops(self) -> int:
@@ -266,9 +266,9 @@ class Plan:
         return sum(phase.training_flops for phase in self.phases)
 
     @property
-    def saving(self) -> float:
+    def saving(self) -> float | None:
         """How many times cheaper than the baseline, in training FLOPs of the towers."""
-        return self.baseline.training_flops / self.training_flops
+        return self.baseline.training_flops / self.training_flops if self.baseline else None
 
 
 def main_phases(phases: list[PhaseConfig], full_size: int) -> list[PhaseConfig]:
@@ -296,6 +296,9 @@ def make_plan(
         baseline_context_length: tokens, instead of either.
         towers: of `config`, if already described.
 
+    Without any of the three, a configuration whose phases all have full images, texts and tokens has no baseline: it
+    would be compared with its own longest phase.
+
     Raises:
         ConfigError: for sizes that the towers cannot take.
     """
@@ -304,20 +307,26 @@ def make_plan(
     if baseline:
         longest = max(baseline.phases, key=lambda phase: phase.steps)
         full_towers, size, length = describe_towers(baseline.model), longest.image_size, longest.context_length
+    asked = bool(baseline or baseline_image_size or baseline_context_length)
     size, length = baseline_image_size or size, baseline_context_length or length
+    phases = [phase_cost(phase, towers, devices, passes_of(config, phase)) for phase in config.phases]
+    if not asked and not any(_is_reduced(phase, size, length) for phase in config.phases):
+        return Plan(phases, None)
     full = {"image_size": size, "context_length": length, "token_dropping": "none", "keep_tokens": 0}
     main = [
         phase_cost(replace(phase, **full), full_towers, devices, passes_of(config, phase))
         for phase in main_phases(config.phases, size)
     ]
-    return Plan(
-        phases=[phase_cost(phase, towers, devices, passes_of(config, phase)) for phase in config.phases],
-        baseline=Baseline(
-            image_size=size,
-            context_length=length,
-            steps=sum(phase.steps for phase in main),
-            samples=sum(phase.samples for phase in main),
-            training_flops=sum(phase.training_flops for phase in main),
-            device_flops=sum(phase.device_flops for phase in main),
-        ),
+    whole = Baseline(
+        image_size=size,
+        context_length=length,
+        steps=sum(phase.steps for phase in main),
+        samples=sum(phase.samples for phase in main),
+        training_flops=sum(phase.training_flops for phase in main),
+        device_flops=sum(phase.device_flops for phase in main),
     )
+    return Plan(phases, whole)
+
+
+def _is_reduced(phase: PhaseConfig, full_size: int, full_length: int) -> bool:
+    return phase.image_size < full_size or phase.context_length < full_length or phase.token_dropping != "none"

@@ -45,9 +45,7 @@ class Device:
             import torch_xla
             import torch_xla.runtime as xr
         except ImportError as error:
-            raise ConfigError(
-                "run.device is xla and torch-xla is not installed: pip install 'reclip-ovd[tpu]'"
-            ) from error
+            raise ConfigError("run.device is xla and torch-xla is not installed: pip install -e '.[tpu]'") from error
         if parallel in ("ddp", "fsdp"):
             raise ConfigError(f"run.parallel is {parallel}, which needs CPU or CUDA: use spmd or processes")
         on_tpu = xr.device_type() == "TPU"

@@ -191,7 +191,7 @@ def start_processes(function: Callable, *arguments: Any) -> None:
         import torch_xla.runtime as xr
     except ImportError as error:
         raise ConfigError(
-            "run.parallel is processes and torch-xla is not installed: pip install 'reclip-ovd[tpu]'"
+            "run.parallel is processes and torch-xla is not installed: pip install -e '.[tpu]'"
         ) from error
     if (kind := xr.device_type()) != "TPU":  # read from the environment: the device itself is the processes' to open
         raise ConfigError(f"run.parallel is processes, which needs a TPU, and torch-xla runs on {kind} here: use spmd")

@@ -30,8 +30,9 @@ def make_report(
 
     Returns:
         JSON-ready: `phases`, `training_flops`, `baseline`, `baseline_training_flops`, `saving`, and with a speed
-        `device_hours`, `baseline_device_hours` and `time_saving`. FLOPs of a sample are forward, of a phase training;
-        memory is in bytes and an estimate; hours are those of one device, so N devices take an N-th in time.
+        `device_hours`, `baseline_device_hours` and `time_saving`. What is of the baseline is None where there is none
+        (see `make_plan`). FLOPs of a sample are forward, of a phase training; memory is in bytes and an estimate; hours
+        are those of one device, so N devices take an N-th in time.
 
     Raises:
         ConfigError: for sizes that the towers cannot take or a batch that cannot be shared.
@@ -56,15 +57,16 @@ def make_report(
         "teacher_flops": sum(cost.teacher_flops for cost in plan.phases),
         "recompute_flops": sum(cost.recompute_flops for cost in plan.phases),
         "loss_flops": sum(cost.loss_flops for cost in plan.phases),
-        "baseline": asdict(plan.baseline),
-        "baseline_training_flops": plan.baseline.training_flops,
+        "baseline": asdict(plan.baseline) if plan.baseline else None,
+        "baseline_training_flops": plan.baseline.training_flops if plan.baseline else None,
         "saving": plan.saving,
     }
     if measure:
         speeds = _measure(config, plan, towers, baseline, measure_batch, measure_seconds)
         for entry, speed in zip(phases, speeds, strict=False):
             entry["measured"] = asdict(speed)
-        report["baseline"]["measured"] = asdict(speeds[-1])
+        if plan.baseline:
+            report["baseline"]["measured"] = asdict(speeds[-1])
         _add_hours(report, plan, [speed.flops_per_second for speed in speeds])
     elif throughput or flops:
         rate = flops or throughput * plan.phases[0].device_flops / plan.phases[0].samples
@@ -75,9 +77,11 @@ def make_report(
 def _measure(
     config: PretrainConfig, plan: Plan, towers: Towers, baseline: PretrainConfig | None, batch: int, seconds: float
 ) -> list:
-    """Speed of every phase, and of the baseline."""
+    """Speed of every phase, and of the baseline if there is one."""
     device = Device(config.run.device, config.run.precision)
     speeds = [measure_phase(config, phase, towers, device, batch, seconds) for phase in config.phases]
+    if plan.baseline is None:
+        return speeds
     full = replace(
         main_phases(config.phases, plan.baseline.image_size)[0], micro_batch_size=0, token_dropping="none",
         keep_tokens=0, image_size=plan.baseline.image_size, context_length=plan.baseline.context_length,
@@ -92,13 +96,13 @@ def _add_hours(report: dict, plan: Plan, rates: list[float]) -> None:
     for entry, cost, rate in zip(report["phases"], plan.phases, rates, strict=False):
         entry["device_hours"] = cost.device_flops / rate / 3600
     report["device_hours"] = sum(entry["device_hours"] for entry in report["phases"])
-    report["baseline_device_hours"] = plan.baseline.device_flops / rates[-1] / 3600
-    report["time_saving"] = report["baseline_device_hours"] / report["device_hours"]
+    hours = plan.baseline.device_flops / rates[-1] / 3600 if plan.baseline else None
+    report["baseline_device_hours"] = hours
+    report["time_saving"] = hours / report["device_hours"] if hours else None
 
 
 def format_report(report: dict) -> str:
     """The report as text: a table of the phases, then totals, one fact a line."""
-    base, timed = report["baseline"], "device_hours" in report
     unit, size = _flop_unit(report["training_flops"])
     lines = [*_phase_table(report), ""]
     lines.append(
@@ -113,18 +117,13 @@ def format_report(report: dict) -> str:
         lines.append(f"  the teacher's passes    {report['teacher_flops'] / size:,.4g} {unit} more (as large a tower)")
     if report["recompute_flops"]:
         lines.append(f"  second forward pass     {report['recompute_flops'] / size:,.4g} {unit} more (micro batches)")
-    lines.append(
-        f"full-resolution baseline  {base['training_flops'] / size:,.4g} {unit}: {base['steps']:,} steps at "
-        f"{base['image_size']} px with {base['context_length']} text tokens"
-    )
-    lines.append(f"saving                    {report['saving']:.2f}x in training FLOPs")
-    lines += _finetune_lines(report["phases"], base["image_size"])
-    if timed:
-        lines.append(
-            f"device-hours              {report['device_hours']:,.4g}, baseline "
-            f"{report['baseline_device_hours']:,.4g}: {report['time_saving']:.2f}x"
-        )
-    for name, item in [(p["name"], p) for p in report["phases"]] + [("baseline", base)]:
+    lines += _baseline_lines(report, unit, size)
+    if "device_hours" in report:
+        compared = ""
+        if report["baseline"]:
+            compared = f", baseline {report['baseline_device_hours']:,.4g}: {report['time_saving']:.2f}x"
+        lines.append(f"device-hours              {report['device_hours']:,.4g}{compared}")
+    for name, item in [(p["name"], p) for p in report["phases"]] + [("baseline", report["baseline"] or {})]:
         if "measured" in item:
             m = item["measured"]
             lines.append(
@@ -132,6 +131,19 @@ def format_report(report: dict) -> str:
                 f"({m['steps']} steps of {m['batch']} on {m['device']})"
             )
     return "\n".join(lines)
+
+
+def _baseline_lines(report: dict, unit: str, size: float) -> list[str]:
+    """What full resolution would cost; none where nothing is below it."""
+    base = report["baseline"]
+    if not base:
+        return []
+    return [
+        f"full-resolution baseline  {base['training_flops'] / size:,.4g} {unit}: {base['steps']:,} steps at "
+        f"{base['image_size']} px with {base['context_length']} text tokens",
+        f"saving                    {report['saving']:.2f}x in training FLOPs",
+        *_finetune_lines(report["phases"], base["image_size"]),
+    ]
 
 
 def _phase_table(report: dict) -> list[str]:

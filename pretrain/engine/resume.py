@@ -20,6 +20,9 @@ _MAY_CHANGE = re.compile(
     r"phases\[\d+\]\.(lr|warmup_steps|initial_lr|final_lr|schedule|optim\.grad_clip)|optim\.grad_clip"
 )
 
+# What tools/train_net.py leaves; both halves would write config.yaml, metrics.jsonl and summary.md.
+_DETECTOR_RUN = ("last_checkpoint", "detector")
+
 
 def starting_state(folder: Path, resume: bool, processes: Processes, device: Device) -> dict | None:
     """The folder's last state with `resume`, on every process alike; None to start from scratch.
@@ -28,7 +31,8 @@ def starting_state(folder: Path, resume: bool, processes: Processes, device: Dev
     share the folder. torch-xla has nothing to send gigabytes with, so there each process reads, and all compare.
 
     Raises:
-        ConfigError: if the folder has a state and `resume` is off, or if the processes find different states.
+        ConfigError: if the folder has a state and `resume` is off, if it has a detector's run, or if the processes find
+            different states.
         CheckpointError: if the state cannot be read.
     """
     if processes.kind == "torch":
@@ -43,6 +47,9 @@ def starting_state(folder: Path, resume: bool, processes: Processes, device: Dev
 
 def _read(folder: Path, resume: bool) -> tuple[dict | None, Exception | None]:
     """The state or None, and why this cannot go on: every process must learn of it, or it would wait for ever."""
+    if found := next((name for name in _DETECTOR_RUN if (folder / name).exists()), None):
+        message = f"{folder} holds the run of a detector ({found}): set run.output elsewhere"
+        return None, ConfigError(message)
     if not resume and (folder / STATE_FILE).exists():
         message = f"{folder} already holds a run: add --resume to continue it, or set run.output elsewhere"
         return None, ConfigError(message)

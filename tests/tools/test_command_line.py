@@ -102,6 +102,16 @@ def test_a_missing_study_file_is_named(tool, capsys, tmp_path):
     assert "none.yaml" in one_error(capsys)
 
 
+@pytest.mark.parametrize(
+    ("tool", "study", "other"),
+    [("study", "detector_mini", "tools/study_detector.py"), ("study_detector", "reclip_mini", "tools/study.py")],
+)
+def test_a_study_of_the_other_command_names_that_command(tool, study, other, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert call(tool, "--study", f"configs/studies/{study}.yaml", "--list") == 1
+    assert one_error(capsys).endswith(f"give it to {other}")
+
+
 def test_a_detector_studys_trainings_are_listed_in_order(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = "configs/studies/retention_mini.yaml"

@@ -87,6 +87,20 @@ def test_overrides_and_baseline_options_count(plan, tmp_path):
     assert plan("phases[0].image_size=64")["phases"][0]["image_tokens"] == 17  # 16 patches and a register
 
 
+def test_without_a_smaller_phase_there_is_no_baseline_and_no_saving(main, plan, capsys):
+    preset = PRESETS / "uta_b16.yaml"
+    report = plan("--flops", 1e12, config=preset)
+    of_baseline = ("baseline", "baseline_training_flops", "saving", "baseline_device_hours", "time_saving")
+    assert [report[name] for name in of_baseline] == [None] * 5 and report["device_hours"] > 0
+    assert main(["--config", str(preset), "--flops", "1e12"]) == 0
+    printed = capsys.readouterr().out
+    assert "baseline" not in printed and "saving" not in printed and "device-hours" in printed
+    full = ("phases[0].image_size=224", "phases[1].image_size=224")
+    assert plan(*full)["baseline"]["context_length"] == 16  # texts of 8 alone are compared with whole ones
+    asked = plan("--baseline-image-size", 224, config=preset)
+    assert asked["baseline_training_flops"] == report["phases"][0]["training_flops"]
+
+
 def test_devices_share_the_batch(plan):
     one, four = plan(), plan("--devices", 4)
     assert four["phases"][0]["recompute_flops"] == 0 < one["phases"][0]["recompute_flops"]

@@ -57,6 +57,14 @@ def test_processes_of_xla_that_agree_go_on(tmp_path, others):
     assert start(tmp_path / "empty") is None
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("left", ["detector", "last_checkpoint"])
+def test_the_folder_of_a_detectors_run_is_refused(tmp_path, left, resume):
+    (tmp_path / left).touch()
+    with pytest.raises(ConfigError, match=rf"holds the run of a detector \({left}\): set run.output elsewhere"):
+        starting_state(tmp_path, resume, Processes(), Device("cpu"))
+
+
 def two_phases(**changes) -> PretrainConfig:
     optim = OptimConfig(options={"fallback_list": ["a"]})
     return replace(PretrainConfig(phases=[PhaseConfig(), PhaseConfig(optim=optim)]), **changes)
