@@ -119,7 +119,9 @@ def test_the_detector_and_the_evaluation_see_the_same_pixels(tmp_path, height, w
 
     empty = Instances((height, width), pred_boxes=Boxes(torch.zeros(0, 4)), scores=torch.zeros(0))
     empty.pred_classes = torch.zeros(0, dtype=torch.int64)
-    model = SimpleNamespace(architecture=SimpleNamespace(image_size=40), inference=inference, eval=lambda: model)
+    model = SimpleNamespace(
+        architecture=SimpleNamespace(image_size=40), device=torch.device("cpu"), inference=inference, eval=lambda: model
+    )
     detector = OpenVocabularyDetector(model, image_text=None)
     detector.vocabulary = Vocabulary.parse("cat")
     detector.predict(tmp_path / "a.png")
