@@ -8,7 +8,7 @@ This file does not run a detector: see `ovd/calibration_data.py` for what curves
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,22 @@ class ScoreCalibration:
     settings: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
 
+    def knows(self, competitors: bool) -> bool:
+        """Whether there are curves of this kind of vocabulary; scores of another kind are other scores."""
+        return bool(self.curves.get(competitors))
+
     def curve(self, num_words: int, competitors: bool) -> Curve:
-        """The curve of a vocabulary; beyond the sizes that were fitted, that of the nearest one.
+        """The curve of a vocabulary; beyond the sizes that were fitted, that of the nearest one, and the identity for a
+        kind that it does not know.
 
         Args:
             num_words: words reported, at least 1.
             competitors: the base classes compete for the scores; otherwise the empty prompt does, for the image-text
                 score.
         """
-        table = self.curves.get(competitors) or next(iter(self.curves.values()))
+        if not self.knows(competitors):
+            return np.array([0.0, 1.0]), np.array([0.0, 1.0])
+        table = self.curves[competitors]
         sizes = sorted(table)
         place = float(np.interp(np.log(max(1, num_words)), np.log(sizes), np.arange(len(sizes))))
         low, part = int(place), place - int(place)
@@ -74,12 +81,13 @@ class ShownScores:
     """The scores of one vocabulary as users see them, and back.
 
     Args:
-        calibration: None leaves scores as they are.
+        calibration: None leaves scores as they are, and so does one that does not know this kind of vocabulary.
         num_words, competitors: see `ScoreCalibration.curve`.
     """
 
     def __init__(self, calibration: ScoreCalibration | None, num_words: int, competitors: bool) -> None:
-        self.calibration, self.place = calibration, (num_words, competitors)
+        self.calibration = calibration if calibration and calibration.knows(competitors) else None
+        self.place = (num_words, competitors)
 
     def raw(self, threshold: float | None) -> float:
         """The network's score for a shown one; for None that of the usual threshold."""
@@ -181,7 +189,11 @@ def read_calibration(path: str | Path) -> ScoreCalibration:
 
 def read_fitting_calibration(path: Path, architecture: Any) -> ScoreCalibration | None:
     """The calibration in a detector's folder; None where there is none, and, with a warning, where it was made with
-    other settings than those of `architecture` (a `DetectorConfig`)."""
+    other settings than those of `architecture` (a `DetectorConfig`).
+
+    An older file's curves of words among which nothing competes are left out, with a warning: they are of the score
+    without the empty prompt.
+    """
     if not path.is_file():
         return None
     calibration, present = read_calibration(path), inference_settings(architecture)
@@ -194,6 +206,15 @@ def read_fitting_calibration(path: Path, architecture: Any) -> ScoreCalibration 
             stacklevel=4,
         )
         return None
+    # The field came together with the empty prompt where nothing competes. Without an image-text score it has no part.
+    if "vlm_background" not in calibration.settings and calibration.knows(False) and architecture.vlm_mode != "off":
+        warnings.warn(
+            f"{path} is from before the empty prompt competes where nothing else does, so scores of such words stay as "
+            "the network gives them; run tools/calibrate.py again",
+            stacklevel=4,
+        )
+        kept = {kind: table for kind, table in calibration.curves.items() if kind}
+        return replace(calibration, curves=kept) if kept else None
     return calibration
 
 

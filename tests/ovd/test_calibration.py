@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from PIL import Image
 
 from ovd.calibration import (
     CALIBRATION,
+    RAW_THRESHOLD,
     ScoreCalibration,
+    ShownScores,
     fit_curve,
     inference_settings,
     read_calibration,
@@ -25,6 +28,7 @@ from ovd.detector import OpenVocabularyDetector, save_detector
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import build_detector
 from ovd.modeling.roi_heads import RegionScores
+from ovd.text.vocabulary import Vocabulary
 
 SMALL = {"image_size": 160, "pyramid_channels": 16, "box_fc_dim": 32, "box_conv_dim": 16, "mask_on": False}
 # Shares of right detections by score, as if one word hardly had to compete and many words hard.
@@ -75,7 +79,7 @@ def test_between_sizes_curves_are_interpolated_and_beyond_them_kept() -> None:
     score = np.array([0.3, 0.7])
     np.testing.assert_allclose(calibration.apply(score, 10, True), (score**2 + score) / 2, atol=0.01)  # half way in log
     np.testing.assert_allclose(calibration.apply(score, 5000, True), score, atol=1e-6)
-    np.testing.assert_allclose(calibration.apply(score, 1, False), score**2, atol=0.01)  # the only kind there is
+    np.testing.assert_allclose(calibration.apply(score, 1, False), score)  # other scores, of which it knows nothing
     for words in (1, 7, 100):
         for share in (0.0, 0.2, 0.5, 0.99, 1.0):
             back = calibration.apply(np.array(calibration.invert(share, words, True)), words, True)
@@ -137,10 +141,33 @@ def test_a_calibration_without_a_background_does_not_fit_a_detector_with_one(fol
         assert read_fitting_calibration(path, DetectorConfig(vlm_background=True)) is None
 
 
+def test_a_file_from_before_the_empty_prompt_competed_keeps_only_the_curves_with_competitors(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "d")
+    path, curves = tmp_path / "d" / CALIBRATION, {True: {1: curve(0.5)}, False: {1: curve(2.0)}}
+    save_calibration(path, ScoreCalibration(curves, {"alpha": 0.35}))
+    with pytest.warns(UserWarning, match="before the empty prompt competes .* run tools/calibrate.py again"):
+        detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
+    assert set(detector.calibration.curves) == {True}
+    for competitors in (False, True):
+        detector.set_vocabulary("taco", competitors=competitors)
+        raw = detector.predict(picture(), 0.0, 5, calibrated=False).scores
+        shown = detector.predict(picture(), 0.0, 5).scores
+        np.testing.assert_allclose(shown, np.interp(raw, *curve(0.5)) if competitors else raw, atol=1e-5)
+    # A raw score has the threshold of raw scores.
+    kinds = {kind: ShownScores(detector.calibration, 1, kind).raw(None) for kind in (False, True)}
+    assert kinds == {False: RAW_THRESHOLD, True: pytest.approx(0.25, abs=0.01)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # without an image-text score nothing has changed
+        assert set(read_fitting_calibration(path, DetectorConfig(vlm_mode="off")).curves) == {False, True}
+    save_calibration(path, ScoreCalibration({False: curves[False]}))
+    with pytest.warns(UserWarning, match="run tools/calibrate.py again"):
+        assert read_fitting_calibration(path, DetectorConfig()) is None
+
+
 def test_a_word_alone_has_the_curve_of_words_alone(folder, tmp_path) -> None:
     shutil.copytree(folder, tmp_path / "d")
     curves = {True: {1: curve(2.0)}, False: {1: curve(0.5)}}
-    save_calibration(tmp_path / "d" / CALIBRATION, ScoreCalibration(curves))
+    save_calibration(tmp_path / "d" / CALIBRATION, ScoreCalibration(curves, {"vlm_background": False}))
     detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
     # All base classes are words: they compete, though none is added.
     for words, competitors, power in (("taco", False, 0.5), ("taco", True, 2.0), (["cat", "owl", "cup"], True, 2.0)):
@@ -148,6 +175,20 @@ def test_a_word_alone_has_the_curve_of_words_alone(folder, tmp_path) -> None:
         raw = detector.predict(picture(), 0.0, 5, calibrated=False)
         shown = detector.predict(picture(), 0.0, 5)
         np.testing.assert_allclose(shown.scores, np.interp(raw.scores, *curve(power)), atol=1e-5)
+
+
+def test_words_of_a_matrix_that_the_network_was_given_have_the_curve_of_words_alone(folder, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "d")
+    curves = {True: {1: curve(2.0)}, False: {1: curve(0.5)}}
+    save_calibration(tmp_path / "d" / CALIBRATION, ScoreCalibration(curves, {"vlm_background": False}))
+    detector = OpenVocabularyDetector.from_checkpoint(tmp_path / "d")
+    rows = detector._active.embeddings[:1]
+    detector.model.set_text_embeddings(rows, torch.tensor([True]))
+    detector.vocabulary = Vocabulary.parse("cat")
+    raw = detector.predict(picture(), 0.0, 5, calibrated=False)
+    shown = detector.predict(picture(), 0.0, 5)
+    assert len(raw) and not detector._active.compete
+    np.testing.assert_allclose(shown.scores, np.interp(raw.scores, *curve(0.5)), atol=1e-5)
 
 
 def test_saving_a_detector_anew_drops_the_old_calibration(folder, tmp_path, image_text_folder) -> None:
