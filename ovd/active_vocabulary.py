@@ -32,6 +32,7 @@ class ActiveVocabulary:
         prompted: templates and whether synonyms were used; None for given embeddings.
         background: (D,) embedding that takes the competitors' place in the image-text score where nothing competes, so
             that a word alone is not certain to be there; None where something does.
+        compete: the base classes take part in the scores, as words or as competitors.
     """
 
     vocabulary: Vocabulary
@@ -40,11 +41,7 @@ class ActiveVocabulary:
     competitors: tuple[str, ...] = ()
     prompted: tuple[tuple[str, ...], bool] | None = None
     background: Tensor | None = None
-
-    @property
-    def compete(self) -> bool:
-        """Whether the base classes take part in the scores, as words or as competitors."""
-        return self.background is None
+    compete: bool = False
 
 
 def word_forms(words: Iterable[str]) -> set[str]:
@@ -89,7 +86,6 @@ class VocabularyBuilder:
         vocabulary, prompts = split_prompts(words)
         if prompts and embeddings is not None:
             raise ValueError("pictures were given together with embeddings; give one of them")
-        competitors = competitors and (embeddings is None or own_file)
         if own_file:
             info = read_info(embeddings)
             templates, use_synonyms = info.templates, info.use_synonyms
@@ -99,16 +95,17 @@ class VocabularyBuilder:
         is_base = torch.tensor([normalize_word(word) in known for word in vocabulary.words])
         rows, is_base = self._with_pictures(rows, is_base, prompts)
         forms = word_forms(word for i, word in enumerate(vocabulary.words) if i not in prompts)
-        others = [n for n in self.base_names if normalize_word(prompt_phrase(n)) not in forms] if competitors else []
-        others = list(Vocabulary.from_words(others).words) if others else []
+        missing = [n for n in self.base_names if normalize_word(prompt_phrase(n)) not in forms]
+        added = competitors and bool(missing) and prompted is not None  # rows from elsewhere: not beside this tower's
+        others = Vocabulary.from_words(missing).words if added else ()
         if others:
             rest = self._embed(Vocabulary.from_words(others), templates, use_synonyms)
             rows = torch.cat([rows.to(rest), rest])
             is_base = torch.cat([is_base, torch.ones(len(rest), dtype=torch.bool)])
-        # A vocabulary may name all base classes itself: they compete then, and none is left to be added.
-        compete = others or (competitors and self.base_names and len(vocabulary) > 1)
-        background = None if compete else self._background()
-        return ActiveVocabulary(vocabulary, rows, is_base, tuple(others), prompted, background)
+        # A vocabulary may name all base classes itself: they compete then, whoever made its rows.
+        named = competitors and bool(self.base_names) and not missing and len(vocabulary) > 1
+        background = None if others or named else self._background()
+        return ActiveVocabulary(vocabulary, rows, is_base, others, prompted, background, compete=background is None)
 
     def with_image_prompt(self, active: ActiveVocabulary | None, name: str, crops: Sequence[Any]) -> ActiveVocabulary:
         """A vocabulary and one more class, or one class in the place of the word of that name."""

@@ -190,8 +190,8 @@ class OpenVocabularyDetector:
             embeddings: use these instead of the text tower: (C, D), or a path to a file of tools/embed_vocabulary.py
                 (which must have been made by this detector's text tower) or to a .npy matrix.
             competitors: let the categories trained on compete for the scores without being reported, so that a peach
-                is not called a taco for want of a better word. Not with given matrices, which may come from elsewhere.
-                Where nothing competes, the empty prompt takes the rest of the image-text score, as F-VLM's background.
+                is not called a taco for want of a better word. None joins a matrix, which may be another tower's: if
+                its words do not name them all, as wherever nothing competes, this tower's empty prompt does (F-VLM).
             use_synonyms: average over all phrases of a word that the vocabulary gives ("lvis" does).
 
         Returns:

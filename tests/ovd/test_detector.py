@@ -247,6 +247,22 @@ def test_where_nothing_competes_the_empty_prompt_does(detector) -> None:
     assert len(head.background) == 1 and detector.vocabulary.words == ("koala", "this")
 
 
+def test_words_that_name_all_base_classes_compete_whoever_made_their_rows(detector) -> None:
+    words, scores = ["taco", *detector.base_names], []
+    detector.set_vocabulary(words)
+    rows = detector._active.embeddings
+    for embeddings in (None, rows, rows.numpy()):
+        detector.set_vocabulary(words, embeddings=embeddings)
+        assert detector._active.compete and detector._active.background is None and detector.competitors == ()
+        scores.append(detector.predict(random_image(), score_threshold=0.0, max_detections=5).scores)
+        detector.set_vocabulary(words, embeddings=embeddings, competitors=False)
+        assert not detector._active.compete and detector._active.background is not None
+    for other in scores[1:]:
+        np.testing.assert_allclose(other, scores[0], rtol=1e-5)
+    detector.set_vocabulary(words[:-1], embeddings=rows[:-1])  # one base class is missing, and none is added
+    assert not detector._active.compete and detector._active.background is not None and detector.competitors == ()
+
+
 def test_a_detector_without_base_names_has_a_background_for_one_word(image_text_folder, image_text) -> None:
     model = build_detector(DetectorConfig(**SMALL), image_text_folder)
     detector = OpenVocabularyDetector(model, image_text)
