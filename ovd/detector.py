@@ -24,11 +24,11 @@ from ovd.detector_folder import (
     CONFIG,
     IMAGE_TEXT,
     WEIGHTS,
+    detector_folder,
     read_base_words,
     read_detector,
     read_prompting,
     save_detector,
-    shipped_folder,
 )
 from ovd.explanation import Explanation, explain_box, explain_detection
 from ovd.image_prompts import as_crops
@@ -125,7 +125,7 @@ class OpenVocabularyDetector:
         Raises:
             ValueError: there is none of that name.
         """
-        return cls.from_checkpoint(shipped_folder(name), device, precision)
+        return cls.from_checkpoint(detector_folder(name, shipped_only=True), device, precision)
 
     @property
     def device(self) -> torch.device:

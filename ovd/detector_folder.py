@@ -27,6 +27,7 @@ from ovd.text.embedding_file import load_embeddings, read_info, save_embeddings
 from ovd.text.embeddings import Prompting, Prompts, class_prompts, embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
 from pretrain.atomic import replacing, write_atomically
+from pretrain.config import ConfigError
 from pretrain.modeling.checkpoint import ImageTextModel, copy_checkpoint, load_checkpoint
 from pretrain.parsing import parse_yaml
 
@@ -35,22 +36,33 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 IMAGE_TEXT = "image_text"
 BASE_WORDS = "base_words.safetensors"
+_SHIPPED = Path(__file__).resolve().parent / "weights"
 
 
-def shipped_folder(name: str) -> Path:
-    """Folder of a detector that ships with the package.
+def shipped_names() -> list[str]:
+    """Names of the detectors that ship with this installation."""
+    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG}"))
+
+
+def detector_folder(name: str | Path, shipped_only: bool = False) -> Path:
+    """A detector's folder: the path itself, or one that ships with the package under that name.
+
+    Args:
+        shipped_only: a name is never taken for a path.
 
     Raises:
-        ValueError: there is none of that name.
+        ConfigError: there is none.
     """
-    folder = Path(__file__).parent / "weights"
-    if not (folder / name / CONFIG).is_file():
-        there = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
-        raise ValueError(
-            f"no detector named {name!r} ships with this installation (there is: {', '.join(there) or 'none'}); "
-            "train one with tools/train_net.py and give its folder"
+    for path in (_SHIPPED / name,) if shipped_only else (Path(name), _SHIPPED / name):
+        if str(name) and (path / CONFIG).is_file():
+            return path
+    there = ", ".join(shipped_names()) or "none"
+    if shipped_only:
+        raise ConfigError(
+            f"no detector named {str(name)!r} ships with this installation (there is: {there}); train one with "
+            "tools/train_net.py and give its folder"
         )
-    return folder / name
+    raise ConfigError(f"{str(name)!r} is no detector: give a folder with {CONFIG}, or one that ships ({there})")
 
 
 def read_detector(

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from ovd.calibration import CALIBRATION, save_calibration
     from ovd.calibration_data import collect_outcomes, fit_calibration, read_pictures
     from ovd.commands.demo import load_detector
-    from ovd.engine.finetune import detector_folder
+    from ovd.detector_folder import detector_folder
 
     folder = detector_folder(options.detector)
     if folder != options.detector and options.output is None:

@@ -30,6 +30,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def find_folder(checkpoint: Path) -> Path:
+    """The folder of a checkpoint or of a detector, which may be one that ships under that name.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    from ovd.detector_folder import CONFIG, detector_folder, shipped_names
+    from pretrain.config import ConfigError
+    from pretrain.modeling.checkpoint import CONFIG_FILE
+
+    if any((checkpoint / name).is_file() for name in (CONFIG, CONFIG_FILE)):
+        return checkpoint
+    try:
+        return detector_folder(checkpoint)
+    except ConfigError as error:
+        names = ", ".join(shipped_names()) or "none"
+        raise ConfigError(
+            f"{checkpoint} is neither a detector nor a checkpoint folder: give one with {CONFIG} or {CONFIG_FILE}, or "
+            f"the name of a detector that ships ({names})"
+        ) from error
+
+
 def run(options: argparse.Namespace) -> None:
     """Embed, write, diagnose."""
     # Cheap checks first: a mistyped path should not have to wait for the network to load.
@@ -42,14 +64,13 @@ def run(options: argparse.Namespace) -> None:
     import warnings
 
     from ovd.detector_folder import CONFIG, IMAGE_TEXT, read_prompting
-    from ovd.engine.finetune import detector_folder
     from ovd.text.diagnostics import background_of, diagnose_vocabulary
     from ovd.text.embedding_file import save_embeddings
     from ovd.text.embeddings import Prompting, embed_vocabulary, read_templates
     from pretrain.engine.device import Device
     from pretrain.modeling.checkpoint import load_checkpoint
 
-    folder = options.checkpoint if options.checkpoint.is_dir() else detector_folder(options.checkpoint)
+    folder = find_folder(options.checkpoint)
     own = read_prompting(folder) if (folder / CONFIG).is_file() else Prompting()
     templates = read_templates(options.templates) if options.templates else own.templates
     synonyms = own.use_synonyms and not options.no_synonyms

@@ -15,8 +15,8 @@ def run(options: argparse.Namespace) -> None:
     from detectron2.utils.logger import setup_logger
 
     from ovd.commands.quiet import quieten_libraries
+    from ovd.detector_folder import detector_folder
     from ovd.engine.evaluate import results_table
-    from ovd.engine.finetune import detector_folder
     from ovd.engine.lazy_config import load_config
     from ovd.engine.trainer import evaluate, train
     from pretrain.config import ConfigError

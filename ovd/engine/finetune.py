@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ovd.data.mixing import Source, merge, read_with_split
-from ovd.detector import CONFIG, read_detector
+from ovd.detector_folder import detector_folder, read_detector
 from ovd.engine.interpolation import interpolate_detectors
 from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.text.vocabulary import normalize_word, prompt_phrase
@@ -18,20 +18,6 @@ from pretrain.config import ConfigError
 
 TRAINING, VALIDATION, TUNED = "training.json", "validation.json", "finetuned"
 WORDS = ("own", "all")
-
-
-def detector_folder(name: str | Path) -> Path:
-    """A detector's folder: the path itself, or one that ships under that name.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    shipped = Path(__file__).resolve().parents[1] / "weights"
-    for path in (Path(name), shipped / name):
-        if str(name) and (path / CONFIG).is_file():
-            return path
-    there = ", ".join(sorted(p.parent.name for p in shipped.glob(f"*/{CONFIG}")))
-    raise ConfigError(f"{str(name)!r} is no detector: give a folder with {CONFIG}, or one that ships ({there})")
 
 
 def load_for_training(

@@ -17,8 +17,7 @@ from ovd.data.images import ImageError
 from ovd.data.lvis import load_lvis
 from ovd.data.mapper import OpenVocabularyMapper
 from ovd.data.regions import precompute_regions
-from ovd.detector_folder import WEIGHTS, read_detector
-from ovd.engine.finetune import detector_folder
+from ovd.detector_folder import WEIGHTS, detector_folder, read_detector
 from ovd.engine.trainer import resolve_device
 from ovd.modeling.rcnn import build_detector, crop_size
 from pretrain.atomic import write_atomically

@@ -10,8 +10,7 @@ from typing import Any
 from detectron2.utils import comm
 from torch import Tensor
 
-from ovd.detector_folder import read_prompting
-from ovd.engine.finetune import detector_folder
+from ovd.detector_folder import detector_folder, read_prompting
 from ovd.text.embeddings import Prompting, embed_vocabulary
 from ovd.text.vocabulary import Vocabulary
 from pretrain.modeling.checkpoint import ImageTextModel

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ovd.detector import CONFIG, IMAGE_TEXT
-from ovd.engine.finetune import detector_folder
+from ovd.detector_folder import detector_folder
 from ovd.engine.lazy_config import load_config
 from ovd.engine.trainer import plain
 from ovd.modeling.detector_config import DetectorConfig

@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 from ovd.data.finetune_scenes import build_finetuning_scenes
 from ovd.data.lvis import read_ground_truth
 from ovd.detector import CONFIG, OpenVocabularyDetector
-from ovd.detector_folder import read_detector, read_prompting
+from ovd.detector_folder import detector_folder, read_detector, read_prompting
 from ovd.engine.evaluate import derangement
-from ovd.engine.finetune import detector_folder
 from ovd.engine.interpolation import interpolate_detectors
 from ovd.engine.retention import detect_categories, first_pictures
 from ovd.engine.run_text import run_prompting

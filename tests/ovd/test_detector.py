@@ -12,7 +12,9 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 
+import ovd
 from ovd.detector import OpenVocabularyDetector, save_detector
+from ovd.detector_folder import detector_folder
 from ovd.modeling.detector_config import DetectorConfig
 from ovd.modeling.rcnn import build_detector
 from ovd.text.embedding_file import save_embeddings
@@ -429,6 +431,17 @@ def test_broken_checkpoints_get_a_clear_error(tmp_path, image_text_folder) -> No
 def test_missing_pretrained_detector_is_named() -> None:
     with pytest.raises(ValueError, match="no detector named 'nothing' ships"):
         OpenVocabularyDetector.from_pretrained("nothing")
+
+
+def test_a_folder_of_the_same_name_is_no_detector_that_ships(tmp_path, monkeypatch) -> None:
+    own = tmp_path / "mini" / "config.yaml"
+    own.parent.mkdir()
+    own.touch()
+    monkeypatch.chdir(tmp_path)
+    assert detector_folder("mini") == Path("mini")
+    assert detector_folder("mini", shipped_only=True) == Path(ovd.__file__).parent / "weights" / "mini"
+    with pytest.raises(ValueError, match="'maxi' is no detector: .* one that ships .mini"):
+        detector_folder("maxi")
 
 
 def test_predicting_without_a_vocabulary_says_so(image_text_folder, image_text) -> None:

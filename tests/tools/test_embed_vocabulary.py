@@ -68,7 +68,7 @@ def test_mistakes_get_one_sentence(main, weights, tmp_path, capsys, words, outpu
 
 def test_a_folder_that_is_no_checkpoint_is_named(main, tmp_path, capsys) -> None:
     assert call(main, tmp_path, "koala", tmp_path / "w.safetensors") == 1
-    assert f"error: {tmp_path}" in capsys.readouterr().err
+    assert f"error: {tmp_path} is neither a detector nor a checkpoint folder: " in capsys.readouterr().err
 
 
 def test_the_detector_that_ships_is_taken_by_its_name_and_others_are_named(main, tmp_path, capsys) -> None:
@@ -77,4 +77,5 @@ def test_the_detector_that_ships_is_taken_by_its_name_and_others_are_named(main,
     assert read_info(tmp_path / "w.safetensors").words == ("koala",)
     assert call(main, Path("maxi"), "koala", tmp_path / "w.safetensors") == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: 'maxi' is no detector: ") and "(mini)" in error and error.count("\n") == 1
+    assert error.startswith("error: maxi is neither a detector nor a checkpoint folder: ")
+    assert "(mini)" in error and error.count("\n") == 1
