@@ -124,6 +124,15 @@ def save_detector(
     return folder
 
 
+def read_architecture(folder: str | Path) -> dict[str, Any]:
+    """Fields of `DetectorConfig` that a detector was saved with, unchecked.
+
+    Raises:
+        ValueError: the folder has no `config.yaml` that can be used.
+    """
+    return _read_config(Path(folder))["architecture"]
+
+
 def read_prompting(folder: str | Path) -> Prompting:
     """How the words that a detector was trained on became prompts; the default where its folder does not say.
 

@@ -9,11 +9,13 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.evaluation import inference_on_dataset
 
+from ovd.arguments import whole
 from ovd.data.lvis import base_novel_split, read_ground_truth
 from ovd.engine.run_text import embed_once
 from ovd.evaluation.coco_evaluator import CocoEvaluator
@@ -21,7 +23,7 @@ from ovd.evaluation.lvis_evaluator import OpenVocabularyEvaluator
 from ovd.evaluation.results import markdown_table
 from ovd.modeling.rcnn import OpenVocabularyRCNN
 from ovd.modeling.setting_ranges import check_setting
-from ovd.precision import find_dtype
+from ovd.precision import PRECISIONS, find_dtype
 from ovd.text.embeddings import Prompting
 from ovd.text.vocabulary import Vocabulary
 from pretrain.config import ConfigError
@@ -49,14 +51,39 @@ def derangement(size: int, seed: int = 0) -> np.ndarray:
     return shuffled
 
 
-def check_settings(fusion: Mapping[str, float], inference: Mapping[str, float]) -> None:
-    """Refuse what `apply_settings` cannot use, without a detector: before a training that it would end.
+def check_evaluation(measured: Mapping[str, Any]) -> None:
+    """Refuse a configuration's evaluation that no detector can be measured by: before a training that it would end.
+
+    Args:
+        measured: cfg.evaluation; what it lacks is left as it is.
+
+    Raises:
+        ConfigError: a value that a setting cannot have, or two that exclude each other; the message names the field.
+    """
+    check_settings(measured.get("fusion"), measured.get("inference"))
+    for name in ("control", "fixed_ap"):
+        if not isinstance(value := measured.get(name, False), bool):
+            raise ConfigError(f"evaluation.{name} is {value!r}, but it is on or off; choose true or false")
+    precision = measured.get("precision", "float32")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"evaluation.precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    try:
+        whole(measured.get("samples", 0), "evaluation.samples", 0)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_protocol(measured.get("protocol", "lvis"), measured.get("fixed_ap", False))
+
+
+def check_settings(fusion: Mapping[str, float] | None, inference: Mapping[str, float] | None) -> None:
+    """Refuse what `apply_settings` cannot use, without a detector.
 
     Raises:
         ConfigError: no such setting, or a value that it cannot have; the message names the field.
     """
     for group, given, known in (("fusion", fusion, FUSION_SETTINGS), ("inference", inference, INFERENCE_SETTINGS)):
-        for name, value in given.items():
+        if not isinstance(given, Mapping | None):
+            raise ConfigError(f"evaluation.{group} is {given!r}: give settings by name, of {', '.join(known)}")
+        for name, value in (given or {}).items():
             if name not in known:
                 raise ConfigError(f"evaluation.{group}.{name} is no setting of {group}: {', '.join(known)}")
             try:
@@ -66,25 +93,39 @@ def check_settings(fusion: Mapping[str, float], inference: Mapping[str, float]) 
 
 
 def apply_settings(
-    model: OpenVocabularyRCNN, fusion: Mapping[str, float], inference: Mapping[str, float], fixed_ap: bool
+    model: OpenVocabularyRCNN,
+    fusion: Mapping[str, float] | None,
+    inference: Mapping[str, float] | None,
+    fixed_ap: bool,
 ) -> None:
     """Give a detector other settings than it was saved with; its weights stay.
 
     Args:
-        fusion: by a name of `FUSION_SETTINGS`.
-        inference: by a name of `INFERENCE_SETTINGS`.
+        fusion: by a name of `FUSION_SETTINGS`; None: none.
+        inference: by a name of `INFERENCE_SETTINGS`; None: none.
         fixed_ap: that is to be measured too.
 
     Raises:
-        ConfigError: see `check_settings`; or fixed AP of a detector that keeps only what AP itself looks at.
+        ConfigError: see `check_settings` and `check_fixed_ap`.
     """
     check_settings(fusion, inference)
     heads = model.roi_heads
-    for name, value in fusion.items():
+    for name, value in (fusion or {}).items():
         setattr(heads, name, value)
-    for name, value in inference.items():
+    for name, value in (inference or {}).items():
         setattr(heads.box_predictor, INFERENCE_SETTINGS[name], value)
-    kept = heads.box_predictor.test_topk_per_image
+    check_fixed_ap(fixed_ap, heads.box_predictor.test_topk_per_image)
+
+
+def check_fixed_ap(fixed_ap: bool, kept: int) -> None:
+    """Refuse fixed AP of a detector that keeps only what AP itself looks at.
+
+    Args:
+        kept: detections of a picture, at most.
+
+    Raises:
+        ConfigError: it does.
+    """
     if fixed_ap and kept <= LVIS_DETECTIONS:
         raise ConfigError(
             f"evaluation.fixed_ap looks at the best 10,000 detections of a class, but this detector keeps {kept} a "
@@ -155,7 +196,7 @@ def evaluate_detector(
 
 def _check_protocol(protocol: str, fixed_ap: bool) -> None:
     if protocol not in PROTOCOLS:
-        raise ValueError(f"evaluation.protocol is {protocol!r}: choose {' or '.join(PROTOCOLS)}")
+        raise ConfigError(f"evaluation.protocol is {protocol!r}: choose {' or '.join(PROTOCOLS)}")
     if protocol == "coco" and fixed_ap:
         raise ConfigError("evaluation.fixed_ap is of the LVIS protocol: set it to False with evaluation.protocol=coco")
 

@@ -5,6 +5,7 @@ words is measured by `tools/retention.py`.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ from pretrain.config import ConfigError
 
 TRAINING, VALIDATION, TUNED = "training.json", "validation.json", "finetuned"
 WORDS = ("own", "all")
+
+
+def check_changes(architecture: Mapping[str, Any]) -> None:
+    """Refuse changes of a detector's description that would lose what it has learned.
+
+    Raises:
+        ConfigError: there is such a change.
+    """
+    if architecture.get("freeze_backbone"):
+        # A frozen tower is not stored with a detector but taken from its image-text model, untrained.
+        raise ConfigError("freeze_backbone would undo the tower's own training: set optimizer.backbone_lr_factor to 0")
 
 
 def load_for_training(
@@ -35,9 +47,7 @@ def load_for_training(
         ValueError: a change that the weights do not fit, or that would lose them.
     """
     changes = dict(architecture or {})
-    if changes.get("freeze_backbone"):
-        # A frozen tower is not stored with a detector but taken from its image-text model, untrained.
-        raise ConfigError("freeze_backbone would undo the tower's own training: set optimizer.backbone_lr_factor to 0")
+    check_changes(changes)
     model, _, _ = read_detector(detector_folder(detector), changes)
     if not masks:
         model.roi_heads.mask_on = False  # in this process alone: `architecture` says that there are masks

@@ -11,7 +11,8 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ovd.engine.evaluate import FUSION_SETTINGS, INFERENCE_SETTINGS, check_settings
+from ovd.engine.evaluate import FUSION_SETTINGS, INFERENCE_SETTINGS
+from ovd.engine.run_check import check_config
 from ovd.modeling.detector_config import DetectorConfig
 from pretrain.config import ConfigError
 
@@ -29,7 +30,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Any:
 
     Raises:
         ConfigError: for a missing or broken file, a part that every detector config needs, an unknown field (the
-            message names the nearest), or a setting of the evaluation after the training that it could not use.
+            message names the nearest), or a value that the detector or the evaluation after the training cannot have.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,7 +52,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Any:
         cfg = LazyConfig.apply_overrides(cfg, list(overrides))
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"overrides {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
-    check_settings(cfg.evaluation.get("fusion", {}), cfg.evaluation.get("inference", {}))
+    check_config(cfg)
     return cfg
 
 

@@ -26,9 +26,10 @@ from ovd.detector import IMAGE_TEXT, OpenVocabularyDetector, read_detector, save
 from ovd.detector_folder import write_base_words
 from ovd.engine import finetune
 from ovd.engine.checkpointer import AtomicCheckpointer
-from ovd.engine.evaluate import apply_settings, evaluate_detector, results_table
+from ovd.engine.evaluate import apply_settings, check_evaluation, evaluate_detector, results_table
 from ovd.engine.loader import seed_all
 from ovd.engine.processes import wrap_for_processes
+from ovd.engine.run_check import check_run, made_for
 from ovd.engine.run_text import CACHE, embed_once, run_prompting
 from ovd.engine.step import DetectorTrainer, autocast_dtype
 from ovd.modeling.rcnn import OpenVocabularyRCNN
@@ -118,7 +119,8 @@ def train(cfg: Any, resume: bool = False) -> Path:
 
     Raises:
         LeakError: see `check_training_data`.
-        ConfigError: the folder already holds a run and `resume` is off, or it holds a pretraining run.
+        ConfigError: the folder already holds a run and `resume` is off, or it holds a pretraining run; or see
+            `check_run`.
         FloatingPointError: a loss is not finite; the message has the step and all losses.
     """
     output = Path(cfg.train.output)
@@ -126,6 +128,7 @@ def train(cfg: Any, resume: bool = False) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     seed_all(cfg.train.seed)  # the same new weights in every process; the steps seed their own draws
     device = resolve_device(cfg.train.device)
+    check_run(cfg, device)
     start = cfg.model.get("detector")  # only where a detector is fine-tuned
     if start is not None and comm.is_main_process():
         finetune.prepare_data(cfg, output)
@@ -139,7 +142,6 @@ def train(cfg: Any, resume: bool = False) -> Path:
         run = RunFolder(output, OmegaConf.to_yaml(plain(cfg)), {annotations: file_fingerprint(annotations)})
         run.close()  # Detectron2's writers log from here on
     model: OpenVocabularyRCNN = instantiate(cfg.model).to(device)
-    check_masks(model, cfg.data.train)
     model.set_text_embeddings(vocabulary.embeddings.to(device), torch.ones(len(vocabulary.names), dtype=torch.bool))
     model.roi_heads.box_predictor.set_class_counts(vocabulary.image_counts)
     _run_loop(cfg, model, output, resume, vocabulary.image_text)
@@ -191,7 +193,7 @@ def _run_loop(cfg: Any, model: OpenVocabularyRCNN, output: Path, resume: bool, t
     )
     checkpointer.resume_or_load("", resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    loader = _filled(made_for(model, cfg.data.train, "data.train"), start_step=start)
+    loader = _filled(made_for(model.architecture.image_size, cfg.data.train, "data.train"), start_step=start)
     if "regions" in loader.get("mapper", ()):
         loader.mapper.regions_teacher = teacher  # regions of another image-text model are refused
     trainer.data_loader = instantiate(loader)
@@ -216,41 +218,6 @@ def _filled(description: Any, **arguments: Any) -> Any:
     return description
 
 
-def made_for(model: OpenVocabularyRCNN, loader: Any, field: str) -> Any:
-    """A copy of a loader's description with pictures as large as the detector was made for.
-
-    Args:
-        field: of the config, for the message.
-
-    Raises:
-        ConfigError: the description has another size (0 is none): training, evaluation and `predict` would disagree.
-    """
-    loader, size = copy.deepcopy(loader), model.architecture.image_size
-    if "image_size" not in loader.get("mapper", ()):  # a loader of the user's own
-        return loader
-    given = loader.mapper.image_size
-    if given not in (0, size):
-        raise ConfigError(
-            f"{field}.mapper.image_size is {given}, but the detector was made for {size}: set it to {size}, or train "
-            f"one with model.architecture.image_size={given}"
-        )
-    loader.mapper.image_size = size
-    return loader
-
-
-def check_masks(model: OpenVocabularyRCNN, loader: Any) -> None:
-    """Refuse training pictures without the masks that a detector learns from.
-
-    Raises:
-        ConfigError: the detector has a mask head to be trained, and the loader is told to leave masks out.
-    """
-    if model.roi_heads.mask_on and not loader.get("mapper", {}).get("with_masks", True):
-        raise ConfigError(
-            "data.train.mapper.with_masks is False, but model.architecture.mask_on is True and masks are learned from "
-            "masks: set model.architecture.mask_on=False too (to fine-tune, data.masks=False alone)"
-        )
-
-
 def plain(cfg: Any) -> Any:
     """The config as plain containers; callables become their dotted names."""
 
@@ -265,19 +232,25 @@ def plain(cfg: Any) -> Any:
 
 
 def evaluate(cfg: Any, detector_folder: str | Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Measure a detector checkpoint on cfg.evaluation's data; prints the table and writes it into the run folder."""
+    """Measure a detector checkpoint on cfg.evaluation's data; prints the table and writes it into the run folder.
+
+    Raises:
+        ConfigError: a setting of cfg.evaluation, or a size of its pictures, that this detector cannot be measured with.
+    """
+    check_evaluation(cfg.evaluation)
     device = resolve_device(cfg.train.device)
     detector = OpenVocabularyDetector.from_checkpoint(detector_folder, device=device)
     measured = cfg.evaluation
     fixed_ap = measured.get("fixed_ap", False)
-    apply_settings(detector.model, measured.fusion, measured.get("inference", {}), fixed_ap)
+    apply_settings(detector.model, measured.get("fusion"), measured.get("inference"), fixed_ap)
+    pictures = made_for(detector.model.architecture.image_size, cfg.data.test, "data.test")
     output = Path(cfg.train.output) / "evaluation"
     if "detector" in cfg.model and comm.is_main_process():
         finetune.prepare_data(cfg, Path(cfg.train.output))
     comm.synchronize()
     results = evaluate_detector(
-        detector.model, detector.image_text, instantiate(made_for(detector.model, cfg.data.test, "data.test")),
-        measured.annotations, run_prompting(cfg), output, measured.control, measured.get("protocol", "lvis"),
+        detector.model, detector.image_text, instantiate(pictures), measured.annotations, run_prompting(cfg), output,
+        measured.control, measured.get("protocol", "lvis"),
         measured.get("samples", 0), fixed_ap, Path(cfg.train.output) / CACHE,
         measured.get("precision", "float32"),
     )  # fmt: skip

@@ -143,11 +143,20 @@ def test_boxes_alone_leave_the_mask_head_as_it_is(configured, detector, own):
         ("model.detector=none", "is no detector"),
         ("finetune.interpolation=1.5", "interpolation is 1.5"),
         ("data.replay.share=1.0", "data.replay.share is 1.0"),
+        ("model.architecture.freeze_backbone=True", "backbone_lr_factor to 0"),
+        ("data.test.mapper.image_size=128", "data.test.mapper.image_size is 128, but the detector was made for 96"),
+        ("data.train.mapper.with_masks=False", "data.train.mapper.with_masks is False"),
+        ("evaluation.fixed_ap=True", "keeps 300 a picture"),
     ],
 )
-def test_mistakes_are_named(configured, own, override, message):
+def test_mistakes_are_named(configured, own, override, message, monkeypatch):
+    monkeypatch.setattr(trainer, "base_vocabulary", lambda *_: pytest.fail("words were embedded"))
     with pytest.raises(ConfigError, match=message):
-        trainer.train(configured(f"data.replay.annotations={own}", override))
+        trainer.train(configured(f"data.replay.annotations={own}", f"data.validation={own}", override))
+
+
+def test_settings_of_an_evaluation_that_is_not_made_are_free(configured):
+    assert trainer.train(configured("evaluation.fixed_ap=True", "train.max_iter=1")).is_dir()
 
 
 def test_a_change_that_loses_the_trained_tower_is_refused(detector):

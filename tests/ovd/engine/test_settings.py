@@ -113,6 +113,54 @@ def test_masks_to_learn_from_and_masks_to_predict_go_together(config, monkeypatc
     assert steps and not trainer.read_detector(folder)[0].roi_heads.mask_on
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.protocol=cocoo"], r"evaluation\.protocol is 'cocoo': choose lvis or coco"),
+        (["evaluation.protocol=coco", "evaluation.fixed_ap=True"], "fixed_ap is of the LVIS protocol"),
+        (["evaluation.precision=bf17"], r"evaluation\.precision is 'bf17'; choose one of float32"),
+        (["evaluation.samples=-3"], r"evaluation\.samples is -3; give a whole number of at least 0"),
+        (["evaluation.samples=null"], r"evaluation\.samples is None"),
+        (["evaluation.fixed_ap=perhaps"], r"evaluation\.fixed_ap is 'perhaps', but it is on or off"),
+        (["evaluation.fusion=3"], r"evaluation\.fusion is 3: give settings by name, of alpha"),
+        (["model.architecture.alpha=3"], r"model\.architecture: alpha is 3, but it is a number between 0 and 1"),
+        (["model.architecture.image_size=10"], r"model\.architecture: image_size is 10"),
+        (["model.architecture.vlm_mode=crop"], r"model\.architecture: vlm_mode is 'crop'; choose one of backbone"),
+        (["model.architecture.anchor_sizes=8"], r"model\.architecture: anchor_sizes is 8"),
+    ],
+)
+@pytest.mark.parametrize("path", [CONFIG, "configs/ovd/finetune.py"])
+def test_what_cannot_work_is_refused_as_the_configuration_is_read(path, overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_groups_of_evaluation_may_be_null(config_overrides):
+    cfg = load_config(CONFIG, [*config_overrides, "evaluation.fusion=null", "evaluation.inference=null"])
+    cfg.train.max_iter, cfg.evaluation.control = 1, False
+    assert set(trainer.evaluate(cfg, trainer.train(cfg))) == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.fixed_ap=True"], r"keeps 300 a picture: add evaluation\.inference\.detections_per_image"),
+        (["evaluation.fixed_ap=True", "evaluation.inference.detections_per_image=300"], "keeps 300 a picture"),
+        (["evaluation.precision=float16"], r"evaluation\.precision is 'float16', which a CPU has no"),
+        (["data.test.mapper.image_size=128"], r"data\.test\.mapper\.image_size is 128, but .* made for 96"),
+        (["data.train.mapper.with_masks=False"], r"data\.train\.mapper\.with_masks is False, but"),
+    ],
+)
+def test_what_the_detector_or_the_device_rules_out_is_refused_before_words_are_embedded(
+    config_overrides, monkeypatch, overrides, message
+):
+    monkeypatch.setattr(trainer, "base_vocabulary", lambda *_: pytest.fail("words were embedded"))
+    more = ["model.architecture.detections_per_image=300", *overrides]
+    with pytest.raises(ConfigError, match=message):
+        trainer.train(load_config(CONFIG, [*config_overrides, *more]))
+
+
 def test_boxes_alone_train(config):
     config.data.train.mapper.with_masks, config.model.architecture.mask_on = False, False
     config.evaluation.control, config.train.max_iter = False, 1
