@@ -21,7 +21,7 @@ from ovd.detector import CONFIG, IMAGE_TEXT
 from ovd.detector_folder import detector_folder
 from ovd.engine.lazy_config import load_config
 from ovd.engine.trainer import plain
-from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.detector_config import INFERENCE_FIELDS, DetectorConfig
 from pretrain.config import ConfigError
 from pretrain.engine.run_folder import file_fingerprint
 from pretrain.engine.study import Study as PretrainingStudy
@@ -56,8 +56,7 @@ class VariantSpec:
     training: str = ""
     weights: str = "chosen"  # of fusion: "chosen" on the validation pictures, "none" (0), "fixed" (the configuration's)
     shuffled: bool = False  # detection: every class gets another class's text, the control
-    # detection: fields of DetectorConfig that are otherwise when it is measured, such as vlm_mode; none that training
-    # gives weights for.
+    # detection: fields of DetectorConfig that are otherwise when it is measured, of INFERENCE_FIELDS, such as vlm_mode.
     architecture: dict[str, Any] = field(default_factory=dict)
     interpolation: float = 1.0  # retention: from the weights before (0) to those after (1)
 
@@ -171,10 +170,7 @@ def _check(study: StudyConfig) -> None:
             raise ConfigError(f"variant {variant.name}: no training {variant.training!r}: {', '.join(trainings)}")
         if variant.weights not in WEIGHTS:
             raise ConfigError(f"variant {variant.name}: weights {variant.weights!r}: choose {', '.join(WEIGHTS)}")
-        unknown = sorted(variant.architecture.keys() - {f.name for f in fields(DetectorConfig)})
-        if unknown or (variant.architecture and study.kind != "detection"):
-            reason = f"DetectorConfig has no {', '.join(unknown)}" if unknown else "that is for a detection study"
-            raise ConfigError(f"variant {variant.name}: architecture: {reason}")
+        _check_architecture(study, variant)
     if study.kind not in KINDS:
         raise ConfigError(f"study.kind is {study.kind!r}: {' or '.join(KINDS)}")
     if study.kind == "detection" and study.baseline not in variants:
@@ -183,6 +179,24 @@ def _check(study: StudyConfig) -> None:
         raise ConfigError(f"study.words is empty, or a variant is called {BEFORE!r}, which is the detector as it was")
     if not study.seeds or study.samples < 1:
         raise ConfigError("study.seeds and study.samples: at least one of each is needed")
+
+
+def _check_architecture(study: StudyConfig, variant: VariantSpec) -> None:
+    """Refuse fields and values that the trained weights, which are read long after this, could not take."""
+    given, reason = variant.architecture, ""
+    if given and study.kind != "detection":
+        reason = "that is for a detection study"
+    elif unknown := sorted(given.keys() - {f.name for f in fields(DetectorConfig)}):
+        reason = f"DetectorConfig has no {', '.join(unknown)}"
+    elif trained := sorted(given.keys() - set(INFERENCE_FIELDS)):
+        reason = f"{', '.join(trained)}: as it was trained; what may be otherwise is {', '.join(INFERENCE_FIELDS)}"
+    else:
+        try:
+            DetectorConfig.from_dict(given)
+        except ValueError as error:
+            reason = str(error)
+    if reason:
+        raise ConfigError(f"variant {variant.name}: architecture: {reason}")
 
 
 def _resolved(value: Any, seed: int, read_pretraining: Callable[[str], PretrainingStudy]) -> Any:

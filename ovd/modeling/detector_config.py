@@ -12,6 +12,12 @@ SWITCHES = (
     "freeze_backbone", "gradient_checkpointing", "rpn_fill_background", "mask_on", "learn_classifier_scale",
     "vlm_background",
 )  # fmt: skip
+# What may be otherwise than in training: these change inference, and neither shape nor meaning of a trained weight.
+INFERENCE_FIELDS = (
+    "image_size", "window_size", "global_blocks", "rpn_nms_thresholds", "rpn_pre_nms_topk", "rpn_post_nms_topk",
+    "vlm_mode", "vlm_scale", "vlm_output_size", "vlm_crop_size", "vlm_box_scale", "vlm_background", "alpha", "beta",
+    "objectness_delta", "detector_temperature", "nms_threshold", "score_threshold", "detections_per_image",
+)  # fmt: skip
 
 
 @dataclass

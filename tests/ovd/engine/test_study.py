@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from ovd.detector import save_detector
+from ovd.detector import read_detector, save_detector
 from ovd.engine import study_judging
 from ovd.engine.study import Result, judged, load_study, progress, read_result
 from ovd.engine.study_judging import (
@@ -23,7 +23,7 @@ from ovd.engine.study_judging import (
 from ovd.engine.study_plots import write_report
 from ovd.engine.study_report import cell
 from ovd.evaluation.lvis_evaluator import evaluate_intervals
-from ovd.modeling.detector_config import DetectorConfig
+from ovd.modeling.detector_config import INFERENCE_FIELDS, DetectorConfig
 from ovd.modeling.rcnn import build_detector
 from ovd.sweep import ScoreSettings, SweepRow
 from pretrain.config import ConfigError
@@ -119,6 +119,37 @@ def test_an_architecture_that_a_variant_cannot_have_is_named(description, load, 
     description["variants"][0]["architecture"] = architecture
     with pytest.raises(ConfigError, match="variant alone: architecture: (DetectorConfig has no vlm_mod|that is for)"):
         load({**description, "kind": kind, "words": ["apple"]})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"vlm_mode": "crop"}, "vlm_mode is 'crop'; choose one of"),
+        ({"alpha": 5}, "alpha is 5, but it is a number between 0 and 1"),
+        ({"vlm_crop_size": "x"}, "vlm_crop_size is 'x'"),
+        ({"box_fc_dim": 7}, "box_fc_dim: as it was trained; what may be otherwise is image_size"),
+    ],
+)
+def test_a_variant_that_could_not_be_measured_is_refused_before_any_training(description, load, architecture, message):
+    description["variants"][1]["architecture"] = architecture
+    with pytest.raises(ConfigError, match=f"variant fused: architecture: {message}"):
+        load(description)
+
+
+def test_what_a_variant_may_change_fits_the_trained_weights(tmp_path, image_text_folder):
+    others = {
+        "image_size": 128, "window_size": 3, "global_blocks": 1, "rpn_nms_thresholds": [0.5, 0.9],
+        "rpn_pre_nms_topk": [50, 40], "rpn_post_nms_topk": [30, 20], "vlm_mode": "frozen_copy", "vlm_scale": 9.0,
+        "vlm_output_size": 5, "vlm_crop_size": 64, "vlm_box_scale": 0.7, "vlm_background": True, "alpha": 0.1,
+        "beta": 0.2, "objectness_delta": 1.0, "detector_temperature": 2.0, "nms_threshold": 0.6,
+        "score_threshold": 0.1, "detections_per_image": 7,
+    }  # fmt: skip
+    assert set(others) == set(INFERENCE_FIELDS)
+    model = build_detector(DetectorConfig(image_size=96, pyramid_channels=16), image_text_folder)
+    save_detector(tmp_path, model, image_text_folder)
+    for name, value in others.items():
+        architecture = read_detector(tmp_path, {name: value})[0].architecture
+        assert getattr(architecture, name) == (tuple(value) if isinstance(value, list) else value)
 
 
 def test_a_setting_that_training_depends_on_gives_another_folder(description, load):
