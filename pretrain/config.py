@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.parsing import check_yaml
@@ -251,11 +251,25 @@ def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> Any:
     if path.resolve() in children:
         raise ConfigError(f"{path} is its own parent, directly or through others: remove the line parent")
     inherited = _read_yaml(path.parent / parent, (*children, path.resolve()))
-    for group in ("objective", "optim"):
-        name = OmegaConf.select(node, f"{group}.name")
-        if name and group in inherited and name != inherited[group].get("name"):
-            inherited[group].pop("options", None)  # they are the other one's
-    return OmegaConf.merge(inherited, node)
+    _drop_options_of_others(inherited, node)
+    try:
+        return OmegaConf.merge(inherited, node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path} does not fit its parent {parent}: {str(error).splitlines()[0]}") from error
+
+
+_NAMED_GROUPS = {"objective": ObjectiveConfig, "optim": OptimConfig}
+
+
+def _drop_options_of_others(inherited: DictConfig, node: DictConfig) -> None:
+    """Where an objective or optimiser other than the inherited one is named, the options that are there are not its."""
+    parent, child = (OmegaConf.to_container(tree) for tree in (inherited, node))
+    for group, schema in _NAMED_GROUPS.items():
+        before, own = parent.get(group), child.get(group)
+        if not isinstance(before, dict) or not isinstance(own, dict):
+            continue  # absent; or malformed, which is said when all is checked
+        if own.get("name") not in (None, before.get("name", schema().name)):
+            inherited[group].pop("options", None)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
@@ -265,24 +279,43 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Pretrai
         ConfigError: for a missing file, an unknown field, a value of the wrong type or an impossible value.
     """
     node = _read_yaml(Path(path))
-    for override in overrides or []:
+    # Names first: what else is given for an objective or optimiser is for the one that is named.
+    names = tuple(f"{group}.name=" for group in _NAMED_GROUPS)
+    for override in sorted(overrides or [], key=lambda text: not text.startswith(names)):
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
         key, _, value = override.partition("=")
+        if override.startswith(names):
+            _drop_options_of_others(node, OmegaConf.create({key.partition(".")[0]: {"name": value}}))
         if key.startswith("phases") and "phases" not in node:  # a list index needs the list it counts in
             node.phases = [asdict(phase) for phase in PretrainConfig().phases]
         try:
             # A group replaces the group: {} clears what the file has, back to the defaults.
             OmegaConf.update(node, key, OmegaConf.create(f"value: {value}").value, merge=False)
         except Exception as error:  # OmegaConf's, the YAML parser's, and plain ones for a list index that is not there
-            reason = str(error).splitlines()[0]
-            if re.match(r"phases\.\D", key):
-                reason = f"phases is a list, so give the place in it (from 0): {key.replace('.', '[0].', 1)}=…"
+            reason = _misplaced_phase(key, node) or str(error).splitlines()[0]
             raise ConfigError(f"override {override!r}: {reason}") from error
     try:
         return config_from_dict(OmegaConf.to_container(node, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _misplaced_phase(key: str, node: DictConfig) -> str:
+    """What to write in place of a `phases…` key whose phase is not there; empty where that is not its fault."""
+    found = re.fullmatch(r"phases[.[]([^].]+)]?(.*)", key)
+    phases = OmegaConf.to_container(node).get("phases")
+    if not found or not isinstance(phases, list):
+        return ""
+    place, rest = found.groups()
+    if place.isdigit() and int(place) < len(phases):
+        return ""
+    names = [phase.get("name", "main") if isinstance(phase, dict) else "" for phase in phases]
+    if not place.isdigit() and place not in names:
+        rest = f".{place}{rest}"
+    there = ", ".join(f"phases[{i}] is {name}" for i, name in enumerate(names))
+    number = names.index(place) if place in names else 0
+    return f"phases is a list and counts from 0 ({there}): phases[{number}]{rest}=…"
 
 
 def config_from_dict(node: dict) -> PretrainConfig:

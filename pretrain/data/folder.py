@@ -72,14 +72,24 @@ def _read_folder(folder: Path, caption_reader: str) -> list[dict[str, str]]:
             f"{folder} is a folder of images without captions: {caption_reader} needs captions; give a table with the "
             "columns image and caption, or shards"
         )
-    endings, names = picture_endings(), []
-    for place, below, files in tqdm(os.walk(folder, followlinks=True), "folders", delay=2.0, leave=False, disable=None):
-        below[:] = [name for name in below if not name.startswith(".")]
+    endings, names, visited = picture_endings(), [], set()
+    walk = os.walk(folder, onerror=_refuse_folder, followlinks=True)
+    for place, below, files in tqdm(walk, "folders", delay=2.0, leave=False, disable=None):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in visited:  # a link to a folder that was or is being read
+            below.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
         shown = [name for name in files if not name.startswith(".") and name.lower().endswith(endings)]
         names += [os.path.relpath(os.path.join(place, name), folder) for name in shown]
     if not names:
         raise ConfigError(f"no picture in {folder} or below: files with {', '.join(endings[:8])} … count")
     return [{"image": name, "caption": ""} for name in sorted(names)]
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ConfigError(f"{error.filename} cannot be listed: {error.strerror}") from error
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:

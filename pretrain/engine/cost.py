@@ -8,11 +8,10 @@ projections into the joint space are left out (well under 1 %). Memory is in mem
 from dataclasses import dataclass, replace
 
 import torch
-from open_clip import CustomTextCLIP
 from torch import nn
 
 from pretrain.config import ConfigError, ModelConfig, PhaseConfig, PretrainConfig
-from pretrain.modeling.clip import open_clip_config
+from pretrain.modeling.clip import construct_towers
 from pretrain.objectives import passes_of
 from pretrain.objectives.base import Passes
 
@@ -117,13 +116,10 @@ def describe_towers(config: ModelConfig) -> Towers:
     """Read the shapes from the real modules, built without memory: a ViT-L takes a fraction of a second.
 
     Raises:
-        ConfigError: if timm does not know the image tower.
+        ConfigError: if timm does not know the image tower, or it cannot pool as asked.
     """
-    definition = open_clip_config(config)
     with torch.device("meta"):
-        module = CustomTextCLIP(
-            embed_dim=definition["embed_dim"], vision_cfg=definition["vision_cfg"], text_cfg=definition["text_cfg"]
-        )
+        module = construct_towers(config)
     trunk = module.visual.trunk
     if not hasattr(trunk, "blocks") or not hasattr(trunk, "patch_embed"):
         raise ConfigError(

@@ -50,12 +50,17 @@ def carry_over(before: dict[str, torch.Tensor], objective: Objective) -> list[st
 
     Args:
         before: the state dictionary of the phase before.
-        objective: of the next phase, changed in place. What it lists in `not_carried` stays as its options made it.
+        objective: of the next phase, changed in place. What it lists in `not_carried` and not in
+            `carried` stays as its options made it.
 
     Returns:
         What starts afresh, by the names of whole modules where all of one does.
     """
-    own = {n: v for n, v in objective.state_dict().items() if not n.startswith(objective.not_carried)}
+    own = {
+        n: v
+        for n, v in objective.state_dict().items()
+        if n in objective.carried or not n.startswith(objective.not_carried)
+    }
     kept = {n: before[n] for n, v in own.items() if n in before and before[n].shape == v.shape}
     objective.load_state_dict(kept, strict=False)
     return list(dict.fromkeys(_module(name, kept) for name in own if name not in kept))

@@ -39,14 +39,7 @@ def make_report(
     """
     towers = describe_towers(config.model)
     plan = make_plan(config, devices, baseline, baseline_image_size, baseline_context_length, towers)
-    state = optimizer_bytes(towers.module, config.optim)
-    phases = []
-    for phase, cost in zip(config.phases, plan.phases, strict=True):
-        memory = phase_memory(phase, towers, config, devices, state)
-        entry = {**asdict(cost), "memory_bytes": memory.total, "memory": asdict(memory)}
-        if memory_limit:
-            entry["micro_batch_that_fits"] = largest_micro_batch(phase, towers, config, memory_limit, devices, state)
-        phases.append(entry)
+    phases = _phases(config, plan, towers, devices, memory_limit)
     report = {
         "parameters": sum(p.numel() for p in towers.module.parameters()),
         "devices": devices,
@@ -72,6 +65,23 @@ def make_report(
         rate = flops or throughput * plan.phases[0].device_flops / plan.phases[0].samples
         _add_hours(report, plan, [rate] * (len(phases) + 1))
     return report
+
+
+def _phases(config: PretrainConfig, plan: Plan, towers: Towers, devices: int, memory_limit: float | None) -> list[dict]:
+    """Cost and memory of every phase, with its own optimiser."""
+    states: dict[str, int] = {}
+    entries = []
+    for phase, cost in zip(config.phases, plan.phases, strict=True):
+        optim = config.optim_of(phase)
+        if (key := repr(optim)) not in states:
+            states[key] = optimizer_bytes(towers.module, optim)
+        memory = phase_memory(phase, towers, config, devices, states[key])
+        entry = {**asdict(cost), "memory_bytes": memory.total, "memory": asdict(memory)}
+        if memory_limit:
+            fitting = largest_micro_batch(phase, towers, config, memory_limit, devices, states[key])
+            entry["micro_batch_that_fits"] = fitting
+        entries.append(entry)
+    return entries
 
 
 def _measure(

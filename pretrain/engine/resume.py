@@ -21,7 +21,7 @@ _MAY_CHANGE = re.compile(
 )
 
 # What tools/train_net.py leaves; both halves would write config.yaml, metrics.jsonl and summary.md.
-_DETECTOR_RUN = ("last_checkpoint", "detector")
+_DETECTOR_RUN = ("last_checkpoint", "detector/model.safetensors")
 
 
 def starting_state(folder: Path, resume: bool, processes: Processes, device: Device) -> dict | None:

@@ -56,9 +56,10 @@ def time_study(study: Study, repeats: int = 3, steps: int = 8) -> Timing:
         for _ in range(repeats):
             for key, (config, phase) in phases.items():
                 reader = caption_reader(config)
-                loaded = load_pairs(config.data, [], caption_reader=reader)
-                data = pairs.setdefault(repr((config.data, reader)), loaded)
-                found[key].append(_seconds_per_step(config, phase, data, steps))
+                same = repr((config.data, bool(reader)))
+                if same not in pairs:
+                    pairs[same] = load_pairs(config.data, [], caption_reader=reader)
+                found[key].append(_seconds_per_step(config, phase, pairs[same], steps))
                 bar.update()
     timing = Timing(
         seconds={key: statistics.median(values) for key, values in found.items()},

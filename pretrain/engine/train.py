@@ -112,6 +112,8 @@ class Trainer:
 
     def _next_objective(self, index: int, model: CustomTextCLIP, before: dict[str, torch.Tensor]) -> Objective:
         """The objective of a phase that changes it; where only options change, it goes on from the state `before`."""
+        # The new objective may set the scale of the towers, which `before` shares with it.
+        before = {**before, "model.logit_scale": model.logit_scale.detach().clone()}
         objective, phase = self._build_objective(index, model), self.config.phases[index]
         name = self.config.objective_of(phase).name
         if name == self.config.objective_of(self.config.phases[index - 1]).name:

@@ -58,16 +58,7 @@ def build_model(config: ModelConfig) -> CustomTextCLIP:
         ConfigError: if the image tower is not a plain vision transformer that averages over its patch tokens, or, with
             `pool` "token", has a class token.
     """
-    definition = open_clip_config(config)
-    # On the CPU, also where the towers are to have no memory (the meta device).
-    logit_scale = torch.tensor(config.init_temperature, device="cpu").reciprocal().log().item()
-    towers = {name: definition[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
-    try:
-        model = CustomTextCLIP(**towers, init_logit_scale=logit_scale)
-    except AssertionError as error:
-        if "pool" not in str(error).lower():
-            raise
-        raise ConfigError(_no_such_pooling(config.image)) from error
+    model = construct_towers(config)
     trunk = model.visual.trunk
     plain = isinstance(trunk, VisionTransformer)
     averages = plain and trunk.global_pool == "avg" and not trunk.pool_include_prefix
@@ -80,6 +71,24 @@ def build_model(config: ModelConfig) -> CustomTextCLIP:
             if name.endswith((".ls1.gamma", ".ls2.gamma")):
                 nn.init.constant_(parameter, config.image.layer_scale)
     return model
+
+
+def construct_towers(config: ModelConfig) -> CustomTextCLIP:
+    """open_clip's object, on the default device (which may be "meta"), whatever its image tower is.
+
+    Raises:
+        ConfigError: if timm does not know the image tower, or it cannot pool as asked.
+    """
+    definition = open_clip_config(config)
+    # On the CPU, also where the towers are to have no memory (the meta device).
+    logit_scale = torch.tensor(config.init_temperature, device="cpu").reciprocal().log().item()
+    towers = {name: definition[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
+    try:
+        return CustomTextCLIP(**towers, init_logit_scale=logit_scale)
+    except AssertionError as error:
+        if "pool" not in str(error).lower():
+            raise
+        raise ConfigError(_no_such_pooling(config.image)) from error
 
 
 def _no_such_pooling(config: ImageTowerConfig) -> str:

@@ -56,6 +56,8 @@ class Objective(nn.Module, ABC):
     # Prefixes of state that the next phase does not take over where it has the same objective with other options: the
     # towers are there already, and what options alone decide must follow them.
     not_carried: ClassVar[tuple[str, ...]] = ("model.",)
+    # Of that, what is taken over all the same, by whole names.
+    carried: ClassVar[tuple[str, ...]] = ()
 
     def views(self, data: DataConfig, phase: PhaseConfig, backgrounds: Sequence[Image.Image]) -> Views:
         """What the loader makes of every pair."""

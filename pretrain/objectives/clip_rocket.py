@@ -249,8 +249,8 @@ def check_options(options: ClipRocketOptions) -> None:
     for name, weight in options.terms.items():
         if name not in TERMS:
             raise ConfigError(f"{where}.terms has {name!r}: one of {', '.join(TERMS)}")
-        if not weight >= 0:
-            raise ConfigError(f"{where}.terms.{name} is {weight}: it must not be negative; leave the term out for none")
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"{where}.terms.{name} is {weight}: it must be at least 0; leave it out for none")
     if "swalip" in options.terms and options.num_augmented != 2:
         raise ConfigError(
             f"{where}: the term swalip swaps two augmented views, num_augmented is {options.num_augmented}; set it to 2"
@@ -267,11 +267,15 @@ def check_options(options: ClipRocketOptions) -> None:
 def _check_ranges(options: ClipRocketOptions, where: str) -> None:
     if options.num_augmented < 0:
         raise ConfigError(f"{where}.num_augmented is {options.num_augmented}: it must not be negative")
-    for name in ("smoothing", "ensemble_weight", "text_dropout"):
-        if not 0 <= (value := getattr(options, name)) <= 1:
-            raise ConfigError(f"{where}.{name} is {value}: it must be in 0 to 1")
-    if not options.augmented_temperature > 0:
-        raise ConfigError(f"{where}.augmented_temperature is {options.augmented_temperature}: it must be above 0")
+    if not 0 <= options.ensemble_weight <= 1:
+        raise ConfigError(f"{where}.ensemble_weight is {options.ensemble_weight}: it must be in 0 to 1")
+    for name in ("smoothing", "text_dropout"):
+        if not 0 <= (value := getattr(options, name)) < 1:
+            raise ConfigError(f"{where}.{name} is {value}: it must be at least 0 and below 1")
+    if not 0 < options.augmented_temperature <= 1:
+        raise ConfigError(
+            f"{where}.augmented_temperature is {options.augmented_temperature}: it must be above 0 and at most 1"
+        )
     if not 0 < options.augmented_image_scale <= 1:
         raise ConfigError(
             f"{where}.augmented_image_scale is {options.augmented_image_scale}: it must be above 0 and at most 1, the "

@@ -1,4 +1,4 @@
-"""OTTER's second baseline (arXiv 2112.09445, section 4): distillation from a moving average of the towers themselves.
+"""OTTER's distillation baseline (arXiv 2112.09445, section 4): a moving average of the towers themselves as teacher.
 
 loss = alpha · InfoNCE + (1 - alpha) · KL, both the mean of the image-to-text and the text-to-image direction, where
 OTTER's code adds the two up: twice this. KL is from the teacher's targets to softmax(s_d · I · Tᵀ), and s_d a second
@@ -50,6 +50,9 @@ class Distillation(InfoNCE):
         ConfigError: for an option outside its range.
     """
 
+    # `init_temperature` is of the start: a later phase with other options goes on with what was learned.
+    carried = ("model.logit_scale",)
+
     def __init__(self, model: CustomTextCLIP, config: ModelConfig, options: DistillationOptions | None = None):
         super().__init__(model, config)
         self.options = options or self._default_options()
@@ -72,6 +75,9 @@ class Distillation(InfoNCE):
         for name in ("alpha", "ema_decay"):
             if not 0 <= (value := getattr(self.options, name)) <= 1:
                 raise ConfigError(f"objective.options.{name} is {value}: it must be between 0 and 1")
+        for name in ("image_weight", "text_weight"):
+            if not 0 <= (value := getattr(self.options, name)) < math.inf:
+                raise ConfigError(f"objective.options.{name} is {value}: it must be a number of at least 0")
         temperature, scale = self.options.init_temperature, self.options.teacher_scale
         if temperature and not math.exp(-_MAX_LOG_SCALE) <= temperature <= 1:
             raise ConfigError(

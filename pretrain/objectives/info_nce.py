@@ -58,7 +58,7 @@ class InfoNCE(Objective):
 
     def _fix_temperature(self, temperature: float) -> None:
         """Set the temperature and take it out of training; 0: leave it learned."""
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:
             raise ConfigError(f"objective.options.fixed_temperature is {temperature}: above 0, or 0 to learn it")
         self._is_fixed = temperature > 0
         if self._is_fixed:

@@ -1,4 +1,4 @@
-"""OTTER's first baseline (arXiv 2112.09445, section 4): the contrastive loss with smoothed labels.
+"""OTTER's label smoothing baseline (arXiv 2112.09445, section 4): the contrastive loss with smoothed labels.
 
 loss = (CE(s·I·Tᵀ, Y) + CE(s·T·Iᵀ, Y)) / 2 with Y = 1 - smoothing on the diagonal and smoothing / (B - 1) elsewhere,
 and s as in `info_nce`. OTTER's code adds the two directions up: twice this.

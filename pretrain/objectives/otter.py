@@ -7,6 +7,7 @@ images and one for texts. The pairs themselves are InfoNCE's part: their cost is
 With one temperature the whole is the cross entropy with alpha · identity + (1 - alpha) · M, up to the entropy of M.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class Otter(Distillation):
     def _check_options(self) -> None:
         super()._check_options()
         options = self.options
-        if not options.epsilon > 0 or options.iterations < 1:
+        if not 0 < options.epsilon < math.inf or options.iterations < 1:
             raise ConfigError(
                 f"objective.options: epsilon {options.epsilon} must be above 0 and iterations {options.iterations} at "
                 "least 1 (the paper's: 0.15 and 5)"

@@ -155,13 +155,9 @@ def test_an_index_counts_in_the_default_phases_when_the_file_has_none(tmp_path):
     ("override", "message"),
     [
         ("phases", "override 'phases' is not of the form key=value"),
-        ("phases.5.steps=1", "override 'phases.5.steps=1': list index out of range"),
-        ("phases.x.steps=1", "override 'phases.x.steps=1': phases is a list"),
-        (
-            "phases.batch_size=64",
-            r"override 'phases.batch_size=64': phases is a list, so give the place in it \(from 0\): "
-            r"phases\[0\].batch_size=…",
-        ),
+        ("phases.5.steps=1", r"phases is a list and counts from 0 \(phases\[0\] is a, .* is b\): phases\[0\].steps=…"),
+        ("phases.batch_size=64", r"override 'phases.batch_size=64': phases is a list .*: phases\[0\].batch_size=…"),
+        ("phases.b.objective.name=otter", r"phases is a list .*: phases\[1\].objective.name=…"),
         ("run.output=[", "override 'run.output=\\['"),
         ("run.sed=1", "unknown field 'run.sed': did you mean 'seed'"),
         ("run.seed=x", "run.seed"),
@@ -183,3 +179,45 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, text):
     with pytest.raises(ConfigError, match="bad.yaml") as caught:
         load_config(write(tmp_path / "bad.yaml", text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parent", "child", "expected"),
+    [
+        ("{name: otter, options: {alpha: 0.3}}", "{name: info_nce}", ("info_nce", {})),
+        ("{name: otter, options: {alpha: 0.3}}", "{name: otter}", ("otter", {"alpha": 0.3})),
+        ("{name: otter, options: {alpha: 0.3}}", "{options: {epsilon: 0.2}}", ("otter", {"alpha": 0.3, "epsilon": 0.2})),
+        ("{options: {chunk_size: 4}}", "{name: info_nce}", ("info_nce", {"chunk_size": 4})),  # the name was so
+        ("otter", "{name: otter}", ("otter", {})),
+        ("null", "{name: otter}", ("otter", {})),
+    ],
+)  # fmt: skip
+def test_options_go_with_the_name_they_are_of(tmp_path, parent, child, expected):
+    write(tmp_path / "p.yaml", f"objective: {parent}\n")
+    config = load_config(write(tmp_path / "c.yaml", f"parent: p.yaml\nobjective: {child}\n"))
+    assert (config.objective.name, config.objective.options) == expected
+
+
+@pytest.mark.parametrize(
+    ("parent", "child", "message"),
+    [
+        ("[1]", "{name: otter}", "c.yaml does not fit its parent p.yaml"),
+        ("{name: otter}", "[a]", "c.yaml does not fit its parent p.yaml"),
+        ("{name: otter}", '{name: "${foo}"}', "c.yaml: Interpolation key 'foo' not found"),
+        ("{name: otter}", "otter", "objective"),
+    ],
+)
+def test_a_malformed_objective_beside_a_parents_is_one_sentence(tmp_path, parent, child, message):
+    write(tmp_path / "p.yaml", f"objective: {parent}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path / "c.yaml", f"parent: p.yaml\nobjective: {child}\n"))
+
+
+def test_an_override_of_the_name_leaves_the_options_of_the_other_behind(tmp_path):
+    path = write(
+        tmp_path / "c.yaml", "objective: {name: otter, options: {alpha: 0.3}}\noptim: {options: {eps: 1e-6}}\n"
+    )
+    assert load_config(path, ["objective.name=info_nce"]).objective.options == {}
+    assert load_config(path, ["objective.name=otter"]).objective.options == {"alpha": 0.3}
+    config = load_config(path, ["objective.options.alpha=0.7", "objective.name=distillation", "optim.name=lamb"])
+    assert config.objective.options == {"alpha": 0.7} and config.optim.options == {}

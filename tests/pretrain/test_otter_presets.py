@@ -43,7 +43,7 @@ def test_a_mini_is_the_studys_run_with_another_objective(name, objective):
     assert replace(config.run, output="") == replace(parent.run, output="")
 
 
-@pytest.mark.parametrize("name", ["distillation_cc3m", "label_smoothing_cc3m"])
+@pytest.mark.parametrize("name", ["info_nce_cc3m", "distillation_cc3m", "label_smoothing_cc3m"])
 def test_a_published_baseline_differs_from_otter_in_the_objective_alone(name):
     config, otter = load_config(FOLDER / f"{name}.yaml"), load_config(FOLDER / "otter_cc3m.yaml")
     assert config.objective.name == name.removesuffix("_cc3m") and config.run.output == f"runs/{name}"
@@ -54,7 +54,7 @@ def test_a_published_baseline_differs_from_otter_in_the_objective_alone(name):
     assert replace(config.run, output="") == replace(otter.run, output="")
 
 
-@pytest.mark.parametrize("name", ["otter_cc3m", "distillation_cc3m", "label_smoothing_cc3m", *MINIS])
+@pytest.mark.parametrize("name", ["otter_cc3m", "info_nce_cc3m", "distillation_cc3m", "label_smoothing_cc3m", *MINIS])
 def test_the_opening_comment_gives_the_command_and_what_was_measured_if_anything(name):
     comment = " ".join(line[1:] for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line[:1] == "#")
     assert f"python tools/pretrain.py --config configs/pretrain/{name}.yaml" in comment

@@ -26,8 +26,22 @@ def test_the_base_preset_has_the_published_values():
     assert align.schedule == fine.schedule == "cosine"
 
 
-def test_the_base_preset_fits_the_teacher_it_names():
-    config = load_config(FOLDER / "uta_b16.yaml")
+def test_the_large_preset_has_the_papers_values_for_it_and_else_the_bases():
+    config, base = load_config(FOLDER / "uta_l16.yaml"), load_config(FOLDER / "uta_b16.yaml")
+    align, fine = config.phases
+    assert "vit_large_patch16" in config.model.image.timm_model
+    assert align.objective.options["mask_ratio"] == 0.5 and fine.lr == 4e-4 and fine.optim.layer_decay == 0.85
+    for own, other in zip(config.phases, base.phases, strict=True):
+        for field in ("steps", "image_size", "context_length", "batch_size", "warmup_steps", "schedule", "final_lr"):
+            assert getattr(own, field) == getattr(other, field)
+        assert (own.objective.name, own.optim.name) == (other.objective.name, other.optim.name)
+    assert align.lr == base.phases[0].lr
+    assert align.objective.options["teacher"] == base.phases[0].objective.options["teacher"]
+
+
+@pytest.mark.parametrize("name", ["uta_b16", "uta_l16"])
+def test_a_preset_fits_the_teacher_it_names(name):
+    config = load_config(FOLDER / f"{name}.yaml")
     teacher = Path(config.phases[0].objective.options["teacher"]).parent.name
     source = load_config(FOLDER / f"{teacher}.yaml")
     assert (config.model.text, config.model.embed_dim) == (source.model.text, source.model.embed_dim)

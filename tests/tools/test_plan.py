@@ -60,6 +60,17 @@ def test_phases_add_up_to_the_totals(plan):
     assert report["device_hours"] == pytest.approx(sum(p["device_hours"] for p in report["phases"]))
 
 
+def test_every_phase_holds_the_state_of_its_own_optimiser(plan, tmp_path):
+    """Of AdamW two numbers a parameter, of plain SGD none; the run's own optimiser counts in no phase here."""
+    path = tmp_path / "optimisers.yaml"
+    path.write_text(SMALL.replace("size: 64, mic", "size: 64, optim: {name: adamw}, mic").replace(
+        "batch_size: 32}", "batch_size: 32, optim: {name: sgd, options: {momentum: 0, nesterov: false}}}"
+    ) + "optim: {name: adafactor}\n")  # fmt: skip
+    report = plan("--memory", 1e9, config=path)
+    main, fine = (phase["memory"]["optimizer"] for phase in report["phases"])
+    assert main == pytest.approx(8 * report["parameters"], rel=1e-3) and fine == 0
+
+
 def test_a_throughput_counts_in_the_first_phase_and_is_scaled_in_others(plan):
     report = plan("--throughput", 100)
     main, fine = report["phases"]

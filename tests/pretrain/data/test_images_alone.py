@@ -1,5 +1,7 @@
 """Images without captions: what is read of each form, what still needs captions, and what an index of shards knows."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,6 +84,30 @@ def test_a_folders_pictures_come_in_the_order_of_their_names_hidden_ones_left_ou
     assert [row["image"] for row in read_table(tmp_path, "")] == ["a/y/x.webp", "a/z.jpg", "b.PNG"]
     store = load_pairs(DataConfig(table=str(tmp_path), train_split=None), [], caption_reader="").store
     assert store.read("a/y/x.webp").size == (20, 20)
+
+
+def test_a_link_back_to_a_folder_does_not_repeat_its_pictures(tmp_path):
+    for name in ("a/x.png", "b/y.png"):
+        picture(tmp_path / "root", name)
+    (tmp_path / "root" / "a" / "loop").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "c").symlink_to(tmp_path / "root" / "b")
+    picture(tmp_path, "elsewhere/z.png")
+    (tmp_path / "root" / "d").symlink_to(tmp_path / "elsewhere")
+    assert [row["image"] for row in read_table(tmp_path / "root", "")] == ["a/x.png", "b/y.png", "d/z.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    picture(tmp_path, "a/x.png")
+    listing = os.scandir
+
+    def scandir(place):
+        if str(place).endswith("a"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return listing(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/a cannot be listed: Permission denied"):
+        read_table(tmp_path, "")
 
 
 def test_a_folder_is_another_when_it_has_another_picture(tmp_path):

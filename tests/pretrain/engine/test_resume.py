@@ -58,8 +58,10 @@ def test_processes_of_xla_that_agree_go_on(tmp_path, others):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("left", ["detector", "last_checkpoint"])
+@pytest.mark.parametrize("left", ["detector/model.safetensors", "last_checkpoint"])
 def test_the_folder_of_a_detectors_run_is_refused(tmp_path, left, resume):
+    (tmp_path / "detector").mkdir()  # alone it may be another run's folder, inside this one's
+    assert starting_state(tmp_path, False, Processes(), Device("cpu")) is None
     (tmp_path / left).touch()
     with pytest.raises(ConfigError, match=rf"holds the run of a detector \({left}\): set run.output elsewhere"):
         starting_state(tmp_path, resume, Processes(), Device("cpu"))
