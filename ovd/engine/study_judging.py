@@ -41,6 +41,7 @@ from pretrain.engine.study_file import RESULT_FILE
 from pretrain.modeling.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 
 TASKS = ("bbox", "segm")
+SCORES = "scores"  # how the names of folders of cached scores begin
 Values = dict[str, dict[str, list]]  # task -> metric -> fractions
 
 
@@ -66,8 +67,12 @@ def run_job(study: StudyConfig, job: Job) -> Result:
         git_revision=git_revision(),
     )
     write_atomically(job.folder / RESULT_FILE, json.dumps(asdict(result)) + "\n")
-    for state in job.folder.glob("model_*.pth"):  # three times the weights' size, and not needed any more
+    # Neither is needed any more: states are three times the weights' size, and until now scores made an interrupted
+    # measuring go on.
+    for state in job.folder.glob("model_*.pth"):
         state.unlink()
+    for scores in job.folder.glob(f"{SCORES}-*"):
+        shutil.rmtree(scores, ignore_errors=True)
     return result
 
 
@@ -185,27 +190,29 @@ def choose_weights(rows: Sequence[SweepRow], tolerance: float) -> SweepRow:
 def judge_detection(study: StudyConfig, job: Job) -> dict[str, Any]:
     """Measure every variant, those with the same architecture from the same cached scores.
 
-    The sweep and the proposals that are kept are those of the job's first variant.
+    The scores stay in the run folder. The sweep and the proposals that are kept are those of the job's first variant.
     """
     groups: dict[str, list[VariantSpec]] = {}
     for variant in job.variants:
         groups.setdefault(json.dumps(variant.architecture, sort_keys=True), []).append(variant)
-    parts = [_judge_architecture(study, job, variants) for variants in groups.values()]
+    parts = [_judge_architecture(study, job, some, proposals=i == 0) for i, some in enumerate(groups.values())]
     merged = {name: {k: v for part in parts for k, v in part[name].items()} for name in ("values", "settings")}
     return {**parts[0], **merged}
 
 
-def _judge_architecture(study: StudyConfig, job: Job, variants: Sequence[VariantSpec]) -> dict[str, Any]:
-    """Sweep the fusion weights on the validation pictures, then measure the variants on those that are reported."""
+def _judge_architecture(
+    study: StudyConfig, job: Job, variants: Sequence[VariantSpec], proposals: bool
+) -> dict[str, Any]:
+    """Sweep the fusion weights on the validation pictures, then measure the variants, and the proposals where that is
+    asked for, on those that are reported."""
     detector = _load_detector(job.folder / "detector", variants[0].architecture)
     heads, prompting = detector.model.roi_heads, run_prompting(job.config)
     key = hashlib.sha256((judged(study, job) + json.dumps(variants[0].architecture)).encode()).hexdigest()[:8]
-    folders = {split: job.folder / f"scores-{split}-{key}" for split in ("validation", "test")}
 
     def collect(split: str, annotations: str, masks: bool) -> tuple[ScoreCache, dict[str, Any]]:
         return collect_scores(
-            detector, annotations, study.image_root, folders[split], prompting, "float16", study.limit or None,
-            masks=masks,
+            detector, annotations, study.image_root, job.folder / f"{SCORES}-{split}-{key}", prompting, "float16",
+            study.limit or None, masks=masks,
         )  # fmt: skip
 
     rows: list[SweepRow] = []
@@ -224,9 +231,7 @@ def _judge_architecture(study: StudyConfig, job: Job, variants: Sequence[Variant
         scores = ShuffledScores(cache, len(classes)) if variant.shuffled else cache
         found = cached_detections(scores, heads, settings[variant.weights], ids, classes)
         values[variant.name] = resampled(ground_truth, found, study.samples)
-    recall = proposal_recall(ground_truth, cached_proposals(cache, ids), study.proposals)
-    for folder in folders.values():
-        shutil.rmtree(folder, ignore_errors=True)
+    recall = proposal_recall(ground_truth, cached_proposals(cache, ids), study.proposals) if proposals else {}
     return {
         "values": values,
         "proposals": {name: None if math.isnan(v) else v for name, v in recall.items()},

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from ovd import scores as scores_file
 from ovd.detector import read_detector, save_detector
 from ovd.engine import study_judging
 from ovd.engine.study import Result, judged, load_study, progress, read_result
@@ -110,6 +111,34 @@ def test_a_variant_may_read_regions_otherwise_than_training_did(description, loa
     assert off == pytest.approx(alone, rel=1e-3) and crops != pytest.approx(alone, rel=1e-3)
     assert own_map != pytest.approx(crops, rel=1e-3) and own_map != pytest.approx(alone, rel=1e-3)
     assert list(result.settings) == ["alone", "crops", "off", "map", "map_chosen"] == list(result.values)
+
+
+def test_an_interrupted_measuring_goes_on_with_the_scores_it_has(description, load, monkeypatch):
+    description["variants"] = [
+        {"name": "alone", "training": "detector", "weights": "none"},
+        {"name": "off", "training": "detector", "weights": "fixed", "architecture": {"vlm_mode": "off"}},
+    ]
+    study = load(description)
+    job, scored, score, recalls = study.jobs[0], [], scores_file._score, []
+
+    def interrupted(model, inputs, masks):
+        scored.append((model.architecture.vlm_mode, inputs["image_id"]))
+        if stop_at and len(scored) == stop_at:
+            raise KeyboardInterrupt
+        return score(model, inputs, masks)
+
+    recall = study_judging.proposal_recall
+    monkeypatch.setattr(scores_file, "_score", interrupted)
+    monkeypatch.setattr(study_judging, "proposal_recall", lambda *given: recalls.append(1) or recall(*given))
+    stop_at = 6  # four pictures: in the second architecture
+    with pytest.raises(KeyboardInterrupt):
+        run_job(study.config, job)
+    first, scored[:], stop_at = list(scored), [], 0
+    assert [mode for mode, _ in first] == ["crops"] * 4 + ["off"] * 2
+    recalls.clear()
+    result = run_job(study.config, job)
+    assert scored == [("off", image) for _, image in first[5:]] + [("off", 3), ("off", 4)]
+    assert len(recalls) == 1 and "AR@5_novel" in result.proposals and not list(job.folder.glob("scores-*"))
 
 
 @pytest.mark.parametrize(
