@@ -186,7 +186,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, text):
     [
         ("{name: otter, options: {alpha: 0.3}}", "{name: info_nce}", ("info_nce", {})),
         ("{name: otter, options: {alpha: 0.3}}", "{name: otter}", ("otter", {"alpha": 0.3})),
-        ("{name: otter, options: {alpha: 0.3}}", "{options: {epsilon: 0.2}}", ("otter", {"alpha": 0.3, "epsilon": 0.2})),
+        ("{name: otter, options: {alpha: 1}}", "{options: {epsilon: 0.2}}", ("otter", {"alpha": 1, "epsilon": 0.2})),
         ("{options: {chunk_size: 4}}", "{name: info_nce}", ("info_nce", {"chunk_size": 4})),  # the name was so
         ("otter", "{name: otter}", ("otter", {})),
         ("null", "{name: otter}", ("otter", {})),
