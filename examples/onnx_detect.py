@@ -17,11 +17,13 @@ def detect(session: onnxruntime.InferenceSession, words: dict[str, np.ndarray], 
 
     Scores below `least` are left out; None is 0.5 of calibrated scores and 0.3 of others, as in the package itself.
     """
-    if least is None:  # without a calibration the curve leaves scores as they are
-        least = 0.3 if np.array_equal(words["calibration_scores"], words["calibration_shares"]) else 0.5
     about = session.get_modelmeta().custom_metadata_map
+    if about["format"] != str(words.get("format", 1)):  # the first words had none
+        raise ValueError("these words and the detector were exported by different versions; export them together")
     if about["image_text_sha256"] != str(words["image_text_sha256"]):
         raise ValueError("these words were embedded by another model than the detector's; export them together")
+    if least is None:  # without a calibration the curve leaves scores as they are
+        least = 0.3 if np.array_equal(words["calibration_scores"], words["calibration_shares"]) else 0.5
     scale = int(about["image_size"]) / max(picture.size)
     small = picture.resize([max(1, int(side * scale + 0.5)) for side in picture.size], Image.BILINEAR)
     given = {**words, "image": np.asarray(small).transpose(2, 0, 1)[None]}

@@ -119,7 +119,7 @@ def save_vocabulary(detector: OpenVocabularyDetector, path: str | Path) -> Path:
     The arrays: names (strings), text_embeddings (C, D) float32, is_base (C,) bool, num_reported (1,) int64,
     vlm_background (D,) float32 (the image-text score's background; zeros for none), calibration_scores and
     calibration_shares (K,): interpolation between them gives the share of detections of a score that are right (0 and 1
-    where nothing was calibrated), and image_text_sha256, which the file's description has too.
+    where nothing was calibrated), and format and image_text_sha256, which must be those of the file's description.
 
     Args:
         path: ends in .npz.
@@ -137,6 +137,7 @@ def save_vocabulary(detector: OpenVocabularyDetector, path: str | Path) -> Path:
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
+        format=np.array(FORMAT),
         names=np.array(detector.vocabulary.words),
         calibration_scores=scores,
         calibration_shares=shares,

@@ -191,9 +191,12 @@ def test_the_example_that_needs_only_onnxruntime_finds_what_the_detector_finds(e
     calibrated = [score for _, score, *_ in example.detect(session, words, Image.fromarray(image), 0.0)]
     assert min(calibrated) < 0.5 < max(calibrated)
     assert len(example.detect(session, words, Image.fromarray(image))) == sum(score >= 0.5 for score in calibrated)
-    words["image_text_sha256"] = np.array("another")
     with pytest.raises(ValueError, match="embedded by another model"):
-        example.detect(session, words, Image.fromarray(image), 0.0)
+        example.detect(session, {**words, "image_text_sha256": np.array("another")}, Image.fromarray(image), 0.0)
+    old = {name: value for name, value in words.items() if name not in ("format", "vlm_background")}
+    for other in (old, {**words, "format": np.array(3)}):
+        with pytest.raises(ValueError, match="exported by different versions; export them together"):
+            example.detect(session, other, Image.fromarray(image))
 
 
 def test_pt2_with_the_vocabulary_inside_gives_the_same_and_names_its_words(image_text, tmp_path) -> None:
