@@ -22,8 +22,8 @@ from ovd.evaluation.tables import (
     DetectionTable,
     GroundTruth,
     best_per,
+    only_categories,
     read_coco,
-    read_json,
     read_results,
 )
 
@@ -96,11 +96,10 @@ def coco_matches(
         raise ValueError(f"max_dets is {max_dets}; it must be at least 1 (COCO counts 100)")
     if not is_base:
         raise ValueError("is_base names no category; name the base and the novel ones")
-    content = read_json(ground_truth_json)
-    every = read_coco(content, iou_type, [category["id"] for category in content["categories"]])
+    every = read_coco(ground_truth_json, iou_type)  # of all classes: a result may name any
     table = read_results(results, every, iou_type)
     kept = best_per(every.keys(table.image_ids, table.category_ids), table.scores, max_dets)
-    ground_truth = read_coco(content, iou_type, list(is_base))
+    ground_truth = only_categories(every, is_base)
     place = np.searchsorted(every.category_ids, ground_truth.category_ids)
     kept &= np.isin(table.category_ids, place)
     table = table.take(kept)

@@ -4,7 +4,7 @@ Six million detections take 300 MB as columns and several GB as dictionaries, so
 columns. Formats: LVIS and COCO annotation files, and their results files (Gupta et al. 2019; Lin et al. 2014).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -156,20 +156,39 @@ def best_per(keys: np.ndarray, scores: np.ndarray, limit: int) -> np.ndarray:
     return kept
 
 
-def read_coco(source: str | Path | Mapping[str, Any], iou_type: str, category_ids: Sequence[int]) -> GroundTruth:
-    """Read a COCO annotation file or its content, keeping only the categories named.
+def read_coco(source: str | Path | Mapping[str, Any], iou_type: str) -> GroundTruth:
+    """Read a COCO annotation file or its content.
 
     Raises:
-        ValueError: a field is missing or impossible, or a category is not in the file.
+        ValueError: a field is missing or impossible.
     """
     content = _checked_content(source)
-    wanted = set(category_ids)
-    unknown = sorted(wanted - {category["id"] for category in content["categories"]})
+    return _columns(content, iou_type, content["annotations"], with_crowds=True)
+
+
+def only_categories(table: GroundTruth, category_ids: Collection[int]) -> GroundTruth:
+    """Keep the categories named and their annotations, of a table of `read_coco`.
+
+    Raises:
+        ValueError: a category is not in the file.
+    """
+    unknown = sorted(set(category_ids) - set(table.category_ids.tolist()))
     if unknown:
         raise ValueError(f"is_base names category {unknown[0]}, which the ground truth does not list")
-    kept = {**content, "categories": [c for c in content["categories"] if c["id"] in wanted]}
-    annotations = [a for a in content["annotations"] if a["category_id"] in wanted]
-    return _columns(kept, iou_type, annotations, with_crowds=True)
+    kept = np.isin(table.category_ids, list(category_ids))
+    rows = np.flatnonzero(kept[table.category])
+    return replace(
+        table,
+        category_ids=table.category_ids[kept],
+        names=[name for name, keep in zip(table.names, kept, strict=True) if keep],
+        frequencies=table.frequencies[kept],
+        image=table.image[rows],
+        category=(np.cumsum(kept) - 1)[table.category[rows]],
+        area=table.area[rows],
+        boxes=table.boxes[rows],
+        crowd=table.crowd[rows],
+        masks=None if table.masks is None else [table.masks[row] for row in rows],
+    )
 
 
 def _checked_content(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ovd.evaluation import tables
 from ovd.evaluation.bootstrap import interval
 from ovd.evaluation.coco_evaluator import CocoEvaluator, evaluate_coco_intervals, evaluate_coco_results
 
@@ -72,6 +73,13 @@ def test_base_and_novel_are_measured_apart_and_other_classes_not_at_all(coco_100
         assert measured[f"AR@100_{name}"] == pytest.approx(stats[8], abs=1e-10)
     both, _ = reference(coco_100, results, "bbox", base + novel)
     assert measured["AP50"] == pytest.approx(both[1], abs=1e-10)
+
+
+def test_each_mask_of_the_ground_truth_is_decoded_once(coco_100, monkeypatch):
+    decoded, decode = [], tables.run_lengths
+    monkeypatch.setattr(tables, "run_lengths", lambda *given: decoded.append(1) or decode(*given))
+    evaluate_coco_results(coco_100, [], {c["id"]: True for c in coco_100["categories"][:9]}, "segm")
+    assert len(decoded) == len(coco_100["annotations"])
 
 
 def test_many_detections_of_one_crowd_are_neither_hits_nor_misses():
