@@ -149,6 +149,10 @@ def evaluate_detector(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Run the detector over a data set with the data set's own categories as vocabulary.
 
+    The image-text score has no empty prompt beside them (but that of `vlm_background`), as it has in
+    `OpenVocabularyDetector.predict` beside words among which nothing competes: the AP of one class is of another score
+    than `predict` gives for it alone, unless its fusion weight is 0.
+
     Args:
         loader: batches of the pictures of `annotations`.
         prompting: how the categories become prompts.
