@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ovd.commands.quiet import quieten_libraries
     from ovd.detector import OpenVocabularyDetector
-    from ovd.engine.finetune import detector_folder
+    from ovd.detector_folder import detector_folder
     from ovd.evaluation.proposal_recall import proposal_recall
     from ovd.evaluation.results import markdown_table, write_json_atomic
     from ovd.scores import cached_proposals, collect_scores

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ovd.commands.quiet import quieten_libraries
     from ovd.data.mixing import Source, merge
-    from ovd.engine.finetune import detector_folder
+    from ovd.detector_folder import detector_folder
     from ovd.engine.retention import compare, detect_categories, write_reports
     from pretrain.atomic import write_atomically
     from pretrain.engine.device import Device

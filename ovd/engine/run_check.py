@@ -25,6 +25,8 @@ def check_config(cfg: Any) -> None:
     Raises:
         ConfigError: a field of model.architecture or evaluation with a value that it cannot have.
     """
+    if not isinstance(cfg.get("evaluation"), DictConfig):
+        raise ConfigError(f"evaluation is {cfg.get('evaluation')!r}: it must be a group of fields")
     check_evaluation(cfg.evaluation)
     _description(_architecture_fields(cfg) or {})
 

@@ -126,6 +126,7 @@ def test_masks_to_learn_from_and_masks_to_predict_go_together(config, monkeypatc
         (["model.architecture.alpha=3"], r"model\.architecture: alpha is 3, but it is a number between 0 and 1"),
         (["model.architecture.image_size=10"], r"model\.architecture: image_size is 10"),
         (["model.architecture.vlm_mode=crop"], r"model\.architecture: vlm_mode is 'crop'; choose one of backbone"),
+        (["evaluation=null"], "evaluation is None: it must be a group of fields"),
         (["model.architecture.anchor_sizes=8"], r"model\.architecture: anchor_sizes is 8"),
     ],
 )
