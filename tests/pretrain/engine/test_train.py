@@ -353,10 +353,12 @@ def test_a_broken_evaluation_image_is_counted_in_the_summary(tmp_path, run_confi
 def test_options_of_another_optimiser_are_one_sentence_with_the_remedy(run_config, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(run_config([{"steps": 1}], optim={"name": "muon", "options": {"fallback_lr_scale": 0.1}})))
+    wrong = ["optim.name=adamw", "optim.options={fallback_lr_scale: 0.1}"]
     with pytest.raises(ConfigError, match="adamw cannot be used .*fallback_lr_scale.*options={} clears") as e:
-        Trainer(load_config(path, ["optim.name=adamw"])).train()
+        Trainer(load_config(path, wrong)).train()
     assert "\n" not in str(e.value)
-    Trainer(load_config(path, ["optim.name=adamw", "optim.options={}", f"run.output={tmp_path / 'other'}"])).train()
+    # Another name leaves the options of the one before behind.
+    Trainer(load_config(path, ["optim.name=adamw", f"run.output={tmp_path / 'other'}"])).train()
     with pytest.raises(ConfigError, match="optim: adamww cannot be used .*see timm.optim"):
         Trainer(load_config(path, ["optim.name=adamww", "optim.options={}", f"run.output={tmp_path / 'o'}"])).train()
 
